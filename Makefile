@@ -1,0 +1,66 @@
+# `make` lists what there is to do. All that a fresh machine needs is Python 3.11 or newer, pip and make.
+
+PYTHON ?= python3
+
+SHELL := /bin/bash
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# torch and torchvision as pinned in pyproject.toml, the one place where versions stand
+TORCH := $(shell grep -oE '"torch(vision)?==[^"]+"' pyproject.toml | tr -d '"')
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help study test test-slow lint lab benchmark clean FORCE
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
+		| while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+study: $(NOTEBOOKS:notebooks/%=build/notebooks/%) ## run every notebook on its defaults; figures and tables go to build/ (optional: DATA=... EPOCHS=...)
+	@echo "Done. Executed notebooks: build/notebooks/, their figures and tables: build/runs/"
+
+# one thread, so that the notebooks' checked outputs do not depend on the machine's cores
+test test-slow: export OMP_NUM_THREADS ?= 1
+
+test: $(INSTALLED) ## the fast tests and the notebooks' checked cells
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env tests $(NOTEBOOKS)
+
+test-slow: $(INSTALLED) ## the tests that take longer (large networks, whole runs)
+	$(BIN)/python -m pytest -m slow tests
+
+lint: $(INSTALLED) ## style of code and notebooks
+	$(BIN)/ruff check --output-format concise .
+	$(BIN)/ruff format --check .
+
+lab: $(INSTALLED) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+benchmark: $(INSTALLED) ## time tracing, training steps and tailored networks (benchmarks/*.py)
+	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
+
+clean: ## remove what the targets made, but for .venv
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find tcp_core tests notebooks benchmarks -name __pycache__ -o -name .ipynb_checkpoints 2>/dev/null | xargs rm -rf
+
+# One notebook, from start to end. One that declares the parameter `out` writes its figures and tables
+# into build/runs/<its name>; DATA and EPOCHS go to those that declare `data` and `epochs` (papermill
+# would merely warn about parameters that a notebook does not have). A failed one stays as .part.ipynb.
+parameter = $(if $(2),$(shell grep -qE '^ *"$(1): ' $< && echo '--parameters $(1) "$(2)"'))
+build/notebooks/%.ipynb: notebooks/%.ipynb $(INSTALLED) FORCE
+	@echo "== $<"
+	@rm -rf build/runs/$* && mkdir -p $(@D)
+	@$(BIN)/papermill --kernel python3 --language python --cwd notebooks --no-progress-bar --log-output \
+		$(call parameter,out,$(CURDIR)/build/runs/$*) $(call parameter,data,$(DATA)) \
+		$(call parameter,epochs,$(EPOCHS)) $< $(@:.ipynb=.part.ipynb)
+	@mv $(@:.ipynb=.part.ipynb) $@
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+		"Python 3.11 or newer is needed, and '$(PYTHON)' is not. Name one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@# some systems ship Python without ensurepip: then the system's pip puts pip into the environment
+	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --without-pip .venv && \
+		$(PYTHON) -m pip --python .venv/bin/python install pip; }
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --editable '.[study,test]'
+	@touch $@

@@ -1,0 +1,183 @@
+"""Promises about the repository itself: versions, layers, notebooks, results."""
+
+import ast
+import json
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The core, in reading order: each file imports only files that stand before it.
+CORE = ("cost", "channels", "gates", "removal", "tracing", "controller", "tailor")
+
+
+def imported(tree):
+    """Return the modules of tcp_core that a file imports, wherever in the file it does so.
+
+    `tcp_core` stands for the package itself, whose `__init__` imports everything.
+    """
+    found = set()
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, ["tcp_core" if node.level else "", node.module]))
+            if module == "tcp_core":  # from tcp_core import x: a module, or a name of __init__
+                names = [f"tcp_core.{alias.name}" for alias in node.names]
+            else:
+                names = [module]
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "tcp_core":
+                found.add(rest.partition(".")[0] or "tcp_core")
+    return found
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_core_files_import_only_what_stands_before_them(name):
+    path = ROOT / "tcp_core" / f"{name}.py"
+    assert path.exists(), f"the core file {path.name} is missing"
+    wrong = imported(ast.parse(path.read_text())) - set(CORE[: CORE.index(name)])
+    assert not wrong, f"{path.name} imports {sorted(wrong)}, which do not stand before it in {CORE}"
+
+
+@pytest.mark.parametrize(
+    ("line", "modules"),
+    [
+        ("import torch, tcp_core", {"tcp_core"}),
+        ("import tcp_core.cost as c", {"cost"}),
+        ("from tcp_core import fit, cost", {"fit", "cost"}),
+        ("from .cost import Budget", {"cost"}),
+        ("from . import cost", {"cost"}),
+        ("def late():\n    from tcp_core.plots import style", {"plots"}),
+        ("from torch import nn", set()),
+    ],
+)
+def test_every_kind_of_import_is_seen(line, modules):
+    assert imported(ast.parse(line)) == modules
+
+
+def test_conda_users_get_the_versions_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (from_pip,) = (entry["pip"] for entry in environment if isinstance(entry, dict))
+    assert sorted(from_pip) == sorted([*wanted, "--editable ."])
+    assert f"python={project['requires-python'].removeprefix('>=')}" in environment
+    assert all(re.fullmatch(r"[\w-]+==[\w.]+", requirement) for requirement in wanted)
+
+
+def notebooks():
+    """Yield the name and the code cells of every notebook."""
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        yield path.name, [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def tagged(cell, tag):
+    return tag in cell["metadata"].get("tags", [])
+
+
+def test_checked_cells_have_outputs_and_count():
+    """nbval silently skips a checked cell that was stripped."""
+    faults = [
+        f"{name}: {''.join(cell['source'])[:60]!r}"
+        for name, cells in notebooks()
+        for cell in cells
+        if tagged(cell, "nbval-check-output") and not (cell["outputs"] and cell["execution_count"])
+    ]
+    assert not faults, "checked cells without output or count; run and save:\n" + "\n".join(faults)
+
+
+def test_run_notebooks_are_committed_stripped():
+    faults = [
+        name
+        for name, cells in notebooks()
+        if any(tagged(cell, "parameters") for cell in cells)
+        and any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    ]
+    assert not faults, f"strip: jupyter nbconvert --clear-output --inplace {' '.join(faults)}"
+
+
+def parameter_fault(line):
+    """Say what keeps a line of a parameters cell from being `name: type = literal  # comment`."""
+    try:
+        (statement,) = ast.parse(line).body
+        code, comment = line[: statement.end_col_offset], line[statement.end_col_offset :]
+    except (SyntaxError, ValueError):
+        return "is not one statement on one line"
+    if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+        return "is not an annotated assignment"
+    try:
+        value = ast.literal_eval(statement.value)
+    except (ValueError, TypeError):
+        return f"has no literal value in {code!r}"
+    if not isinstance(value, bool | int | float | str | None):
+        return "has a value that is not flat"
+    if not re.fullmatch(r" +# *\S.*", comment):
+        return "lacks a comment behind the value"
+    return None
+
+
+def test_parameters_are_flat_annotated_literals_with_comment():
+    """papermill replaces such lines, and a reader learns what each one means."""
+    faults = [
+        f"{name}: {line!r} {fault}"
+        for name, cells in notebooks()
+        for cell in cells
+        if tagged(cell, "parameters")
+        for line in "".join(cell["source"]).splitlines()
+        if line.strip() and not line.startswith("#") and (fault := parameter_fault(line))
+    ]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('data: str = "digits"  # name or folder', None),
+        ("macs: float | None = 0.5  # of the dense network's", None),
+        ("shift: int = -1  # may be negative", None),
+        ("lr: float = 0.1", "comment"),
+        ("lr: float = 0.1  #", "comment"),
+        ("lr = 0.1  # learning rate", "annotated"),
+        ("lr: float  # learning rate", "literal"),
+        ("lr: float = 0.1 * 3  # learning rate", "literal"),
+        ("widths: tuple = (1, 2)  # of each layer", "flat"),
+        ("lr: float = (", "one statement"),
+        ("a: int = 1; b: int = 2  # two", "one statement"),
+    ],
+)
+def test_parameter_fault(line, fault):
+    found = parameter_fault(line)
+    assert found is fault is None or fault in found
+
+
+def test_no_tracked_file_is_large():
+    # safe.directory: in a container the checkout may belong to somebody else
+    command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files", "-z"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in listed.split("\0") if name]
+    large = [str(path) for path in paths if path.is_file() and path.stat().st_size > 1_000_000]
+    assert not large, f"over 1 MB: {large}"
+
+
+def test_committed_runs_are_complete():
+    runs = ROOT / "results" / "runs"
+    folders = {path.parent for name in ("params", "metrics") for path in runs.rglob(f"{name}.json")}
+    faults = [
+        f"{folder.relative_to(ROOT)} lacks {name}"
+        for folder in sorted(folders)
+        for name in ("params.json", "history.csv", "metrics.json")
+        if not (folder / name).exists()
+    ]
+    assert not faults, "\n".join(faults)
