@@ -1,0 +1,147 @@
+"""What a trace knows about a network's channels: one immutable value.
+
+A **unit** is a set of channels that can only be removed together. Units are numbered from 0; everywhere a tensor of unit
+indices describes a dimension, -1 stands for a channel that always stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cost import CostModel
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution or linear layer: its module's name, its weight's name, the unit of each output channel."""
+
+    name: str
+    weight: str
+    out_units: Tensor
+
+    def width(self, open_units: Tensor) -> int:
+        """Return how many output channels are left when only ``open_units`` (bool ``[units]``) stay."""
+        return int(stays(self.out_units, open_units).sum())
+
+
+@dataclass(frozen=True)
+class Family:
+    """Units with the same member layers: closing any one of them saves the same, and a layer's width counts them."""
+
+    units: Tensor
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GateSite:
+    """One place where gates act: the weight (and bias) that is multiplied by the gates of ``units`` along ``dim``.
+
+    ``weight`` and ``bias`` are qualified names. ``constant`` is set for a batch norm without affine parameters, whose weight
+    is None: the gate takes the weight's place.
+    """
+
+    weight: str
+    bias: str | None
+    units: Tensor
+    dim: int = 0
+    constant: bool = False
+
+
+@dataclass(frozen=True)
+class Padding:
+    """A zero-padding module that adds channels: the units it adds before and after along one dimension.
+
+    ``position`` is where the two numbers stand in the module's ``padding`` attribute.
+    """
+
+    module: str
+    position: int
+    before: Tensor
+    after: Tensor
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Which channels of a network live and die together; made by :func:`tcp_core.trace`.
+
+    Attributes:
+        units: number of units. Channels of the model's inputs and outputs are fixed and belong to no unit.
+        families: the units grouped by member layers.
+        frozen: bool ``[units]``, units that may never be removed.
+        prunable: bool ``[units]``, units that may be removed: not frozen, not ignored, not all that a layer has.
+        unknown: ``(operator, module)`` pairs that froze units because the operator's effect on channels is not known.
+        slots: per parameter and buffer with units, one entry a dimension: unit indices (int64 ``[size]``) or None.
+        layers: convolutions and linear layers in the order in which they ran.
+        sites: where gates act.
+        paddings: zero-padding modules that add channels.
+        shapes: shape of every parameter and buffer, to recognise the model later.
+        cost_model: the bilinear cost of gates.
+        example: the inputs the model was traced on (at most two samples), for verification.
+    """
+
+    units: int
+    families: tuple[Family, ...]
+    frozen: Tensor
+    prunable: Tensor
+    unknown: tuple[tuple[str, str], ...]
+    slots: Mapping[str, tuple[Tensor | None, ...]]
+    layers: tuple[Layer, ...]
+    sites: tuple[GateSite, ...]
+    paddings: tuple[Padding, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    cost_model: CostModel
+    example: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def cost(self, open_units: Tensor | None = None) -> dict[str, int]:
+        """Return ``{"macs": int, "params": int}`` of the network that keeps only ``open_units`` (default: the dense one)."""
+        return self.cost_model.exact(None if open_units is None else self.check(open_units))
+
+    def check(self, open_units: Tensor) -> Tensor:
+        """Return ``open_units`` as a bool ``[units]`` tensor on the CPU, or raise ValueError if the network can't be so small."""
+        open_units = torch.as_tensor(open_units).detach().cpu()
+        if open_units.dtype != torch.bool or open_units.shape != (self.units,):
+            raise ValueError(
+                f"open_units must be a bool tensor of shape ({self.units},), one entry a unit; got {open_units.dtype} "
+                f"of shape {tuple(open_units.shape)}."
+            )
+        if bad := (~open_units & self.frozen).nonzero().flatten().tolist():
+            raise ValueError(
+                f"units {bad[:10]} are frozen and cannot be removed; close only units with channels.prunable set."
+            )
+        if (self.cost_model.counts(open_units) == 0).any():
+            empty = [layer.name for layer in self.layers if not layer.width(open_units)]
+            raise ValueError(f"no channel would be left in {empty or 'a layer'}; keep one unit of each family open.")
+        return open_units
+
+    def kept(self, name: str, open_units: Tensor) -> tuple[Tensor | None, ...]:
+        """Return, per dimension of parameter or buffer ``name``, the indices (int64) that stay; None keeps all."""
+        kept = []
+        for units in self.slots.get(name, ()):
+            left = None if units is None else stays(units, open_units)
+            kept.append(None if left is None or left.all() else left.nonzero().flatten())
+        return tuple(kept)
+
+    def widths(self, open_units: Tensor | None = None) -> dict[str, int]:
+        """Return the number of output channels of each convolution and linear layer, by module name."""
+        if open_units is None:
+            open_units = torch.ones(self.units, dtype=torch.bool)
+        return {layer.name: layer.width(open_units) for layer in self.layers}
+
+    def __repr__(self) -> str:
+        cost = self.cost()
+        return (
+            f"Channels({self.units:,} units in {len(self.families)} families, {int(self.prunable.sum()):,} prunable; "
+            f"{cost['macs']:,} macs, {cost['params']:,} params; unknown operators: {len(self.unknown)})"
+        )
+
+
+def stays(units: Tensor, open_units: Tensor) -> Tensor:
+    """Return which of a dimension's channels stay, bool ``[len(units)]``."""
+    if not len(open_units):
+        return torch.ones_like(units, dtype=torch.bool)
+    return (units < 0) | open_units[units.clamp(min=0)]

@@ -1,0 +1,191 @@
+"""Removing closed units for real: every parameter and buffer is indexed by the units that stay."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .channels import Channels, stays
+from .gates import close
+
+
+class RemovalError(RuntimeError):
+    """The smaller network does not compute what the gated one computes."""
+
+
+def remove(
+    model: nn.Module,
+    channels: Channels,
+    open_units: Tensor,
+    optimizer: torch.optim.Optimizer | None = None,
+    verify: bool = True,
+) -> nn.Module:
+    """Return a plain, physically smaller copy of ``model`` that keeps only ``open_units``; ``model`` is untouched.
+
+    Args:
+        model: the model that was traced.
+        channels: its trace.
+        open_units: bool ``[units]``; the units that stay.
+        optimizer: if given, its parameters are replaced by the smaller network's and its state (momentum, moments) is
+            indexed along, so that training goes on without a jump.
+        verify: compare the outputs of the gated and the smaller network on the traced example before anything else changes.
+
+    Raises:
+        ValueError: if a frozen unit would go, a layer would be empty, or ``model`` is not the one that was traced.
+        RemovalError: if the outputs differ.
+    """
+    open_units = channels.check(open_units)
+    check_same_model(model, channels)
+    small, replaced = resized(model, lambda name, tensor: take(tensor, channels.kept(name, open_units)))
+    modules = dict(small.named_modules())
+    for padding in channels.paddings:
+        amounts = list(modules[padding.module].padding)
+        for side, units in enumerate((padding.before, padding.after)):
+            amounts[padding.position + side] = int(stays(units, open_units).sum())
+        modules[padding.module].padding = tuple(amounts)
+    if verify:
+        compare(model, small, channels, open_units)
+    if optimizer is not None:
+        kept = {id(p): channels.kept(name, open_units) for name, p in model.named_parameters()}
+        carry_over(optimizer, replaced, kept)
+    return small
+
+
+def take(tensor: Tensor, kept: tuple[Tensor | None, ...]) -> Tensor:
+    """Return ``tensor`` with dimension ``d`` indexed by ``kept[d]`` (None keeps it whole)."""
+    for dim, index in enumerate(kept):
+        if index is not None:
+            tensor = tensor.index_select(dim, index.to(tensor.device))
+    return tensor
+
+
+def resized(model: nn.Module, index: Callable[[str, Tensor], Tensor]) -> tuple[nn.Module, dict[int, Tensor]]:
+    """Return a copy of ``model`` whose parameters and buffers are ``index(qualified name, tensor)``, and the new ones by old id.
+
+    The sizes that torch's own modules keep beside their tensors are set. Shared tensors stay shared; gradients go along.
+    """
+    new: dict[int, Tensor] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        value = index(name, tensor.detach())
+        value = value.clone() if value.data_ptr() == tensor.data_ptr() else value
+        if isinstance(tensor, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+            if tensor.grad is not None:
+                value.grad = index(name, tensor.grad).clone()
+        new[id(tensor)] = value
+    small = copy.deepcopy(model, dict(new))  # deepcopy takes what it finds in the memo as already copied
+    for old, module in zip(model.modules(), small.modules(), strict=True):
+        _fit_attributes(module, old._parameters.get("weight"))
+    return small, new
+
+
+def _fit_attributes(module: nn.Module, old_weight: Tensor | None) -> None:
+    # Not module.weight: a parametrization computes it, and may change its state by that.
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        sized = weight if weight is not None else module.running_mean
+        module.num_features = module.num_features if sized is None else len(sized)
+    elif weight is None:
+        return
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        # Whole groups leave together, so channels per group stay: groups shrink in step with the grouped dimension.
+        if module.groups > 1:
+            module.groups = module.groups * weight.shape[0] // old_weight.shape[0]
+        sides = weight.shape[0], weight.shape[1] * module.groups
+        module.in_channels, module.out_channels = sides if module.transposed else sides[::-1]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(weight)
+
+
+def check_same_model(model: nn.Module, channels: Channels) -> None:
+    """Raise ValueError unless ``model`` has the parameters and buffers (names and shapes) that were traced."""
+    shapes = tensor_shapes(model)
+    if shapes != dict(channels.shapes):
+        names = sorted(
+            name for name in shapes.keys() | channels.shapes.keys() if shapes.get(name) != channels.shapes.get(name)
+        )
+        name = names[0]
+        raise ValueError(
+            f"this is not the model that was traced: {name!r} has shape {shapes.get(name, 'absent')} here and "
+            f"{channels.shapes.get(name, 'absent')} in the trace; trace this model and use that."
+        )
+
+
+def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter and buffer by qualified name."""
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: tuple(tensor.shape) for name, tensor in tensors}
+
+
+def compare(model: nn.Module, small: nn.Module, channels: Channels, open_units: Tensor) -> None:
+    """Raise RemovalError unless gated ``model`` and ``small`` agree on the traced example (in eval mode, full precision)."""
+    args, kwargs = to_model(channels.example, model)
+    training = {module: module.training for net in (model, small) for module in net.modules()}
+    gated = close(model, channels, open_units)
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices), torch.backends.cudnn.flags(allow_tf32=False):
+            gated.eval()
+            small.eval()
+            expected = gated(*args, **kwargs)
+            try:
+                found = small(*args, **kwargs)
+            except Exception as error:
+                raise RemovalError(
+                    f"the smaller network raised {type(error).__name__}: {error}. A size is probably fixed in the model's "
+                    f"code; name the module in ignore=..."
+                ) from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
+    for a, b in pairs:
+        if not isinstance(a, Tensor) or not a.is_floating_point():
+            continue
+        scale = a.abs().max().clamp(min=torch.finfo(a.dtype).tiny) if a.numel() else 1.0
+        error = float((a - b).abs().max() / scale) if a.shape == b.shape else float("inf")
+        # Rounding differs with the order of summation; a wrongly removed channel moves outputs by far more than this.
+        if not error <= torch.finfo(a.dtype).eps ** 0.5:
+            raise RemovalError(
+                f"gated and smaller network differ by {error:.2g} of the largest output; this is a defect in the trace: please "
+                f"report it with the model. Until then, name the modules concerned in ignore=..."
+            )
+
+
+def to_model(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:
+    """Return the example's tensors on the model's device, floating ones in its precision."""
+    parameter = next(iter(model.parameters()), torch.empty(0))
+
+    def move(x):
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
+
+    return pytree.tree_map(move, example)
+
+
+def carry_over(
+    optimizer: torch.optim.Optimizer, replaced: dict[int, Tensor], kept: dict[int, tuple[Tensor | None, ...]]
+) -> None:
+    """Point ``optimizer`` at the smaller network's parameters, its state indexed along.
+
+    State of another shape than its parameter (factored moments) cannot be indexed: it starts anew for that parameter.
+    """
+    for group in optimizer.param_groups:
+        for position, old in enumerate(group["params"]):
+            if (new := replaced.get(id(old))) is None:
+                continue
+            group["params"][position] = new
+            state = optimizer.state.pop(old, {})
+            tensors = [value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1]
+            if state and all(value.shape == old.shape for value in tensors):
+                optimizer.state[new] = {
+                    key: take(value, kept[id(old)]) if isinstance(value, Tensor) and value.shape == old.shape else value
+                    for key, value in state.items()
+                }
