@@ -1,0 +1,322 @@
+"""The controller: which units lose, how hard they are pushed, and when the set is final.
+
+After every backward pass it reads the gates' gradients and moves the gates; the surviving weights are never touched.
+
+1. Importance: running mean of the squared gradient of the loss with respect to each gate, the first-order Taylor estimate of
+   what closing it costs (Molchanov et al., 2019), normalised per step so that loss scaling does not matter.
+2. Losing set: units ranked by importance per marginal cost fill the budget from the best down; the rest loses.
+3. Strength: losing gates go down by ``strength`` a step, winning ones go up. The strength follows the log-ratio between the
+   cost of the units still open and a schedule that leads from the dense cost to the budget.
+4. Freeze: once the schedule is at the budget and every losing gate has reached 0 by itself, the set is final.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .channels import Channels
+from .cost import Budget, BudgetError
+
+MIN_PHASE_STEPS = 12
+"""A shorter pruning phase has no room for gates that close by themselves."""
+
+
+class Controller:
+    """Adaptive sparsity regularisation of the gates of one network.
+
+    Args:
+        channels: the network's trace.
+        budget: the bounds to meet.
+        steps: optimiser steps of the whole run.
+        phase: the shares of the run between which the network is made smaller; importance is measured from the first step,
+            and the set is frozen at the end of the phase.
+        lookahead: the share of the phase by which a unit is told ahead of its time; as long as a gate takes to close.
+        min_width: the fewest units that stay in each family.
+
+    Attributes:
+        strength: how far losing gates move down at each step (lambda).
+        gate: float ``[units]``, where the gates stand.
+        losing: bool ``[units]``.
+        frozen: whether the set is final.
+        trajectory: one dict per re-ranking.
+    """
+
+    def __init__(
+        self,
+        channels: Channels,
+        budget: Budget | Mapping,
+        *,
+        steps: int,
+        phase: tuple[float, float] = (0.05, 0.3),
+        lookahead: float = 0.25,
+        min_width: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.channels, self.cost_model, self.min_width = channels, channels.cost_model, min_width
+        self.dense = channels.cost()
+        self.bounds = Budget.of(budget).resolve(self.dense)
+        self.floor = self.cost_model.exact(required_units(channels, min_width))
+        self._check(channels, steps, phase, lookahead, min_width)
+        self.steps = steps
+        self.start, self.end = (round(share * steps) for share in phase)
+        self.lookahead = max(1, round(lookahead * (self.end - self.start)))
+        self.interval = max(1, (self.end - self.start) // 100)
+        self.base_strength = 1 / self.lookahead
+        self.strength = self.base_strength
+        self.step_count = 0
+        self.weights = dict.fromkeys(self.bounds, 1.0)
+        self.importance = torch.zeros(channels.units, device=device)
+        self.gate = torch.ones(channels.units, device=device)
+        self.losing = torch.zeros(channels.units, dtype=torch.bool, device=device)
+        self.final = self.frozen = False
+        self.refused = torch.zeros((), dtype=torch.int64, device=device)
+        self.returned = 0
+        self.trajectory: list[dict[str, float]] = []
+        self._reported = 0
+
+    def _check(self, channels: Channels, steps: int, phase, lookahead: float, min_width: int) -> None:
+        if not channels.prunable.any():
+            raise ValueError(
+                f"no unit of this network can be removed ({channels.units} units; unknown operators: "
+                f"{list(channels.unknown)[:5]}). Check ignore=... and that the network has hidden convolutions or linear layers."
+            )
+        if not 0 <= phase[0] < phase[1] <= 1 or not 0 < lookahead < 1:
+            raise ValueError(
+                f"phase must be two rising shares of the run in [0, 1] and lookahead in (0, 1); got {phase}, {lookahead}."
+            )
+        needed = math.ceil(MIN_PHASE_STEPS / (phase[1] - phase[0]))
+        if not isinstance(steps, int) or steps < needed:
+            raise ValueError(
+                f"steps={steps!r} is too short: the pruning phase is {phase[1] - phase[0]:.0%} of the run and needs {MIN_PHASE_STEPS} "
+                f"steps. Give the number of optimiser steps of the whole run, at least {needed}, or widen phase."
+            )
+        for name, bound in self.bounds.items():
+            if bound < self.floor[name]:
+                raise BudgetError(
+                    f"the {name} budget of {bound:,} ({bound / self.dense[name]:.2%} of the dense {self.dense[name]:,}) is below the "
+                    f"floor: with {min_width} unit(s) in each family the smallest network has {self.floor[name]:,} "
+                    f"({self.floor[name] / self.dense[name]:.2%}). Give {name} >= {self.floor[name]}, or ignore less."
+                )
+
+    def update(self, gradient: Tensor) -> None:
+        """Take one step, after a backward pass: ``gradient`` is the loss's gradient with respect to the gates, ``[units]``.
+
+        A gradient that is not finite is refused: it moves nothing, is counted in ``refused`` and warned about.
+        """
+        if self.frozen:
+            return
+        finite = gradient.isfinite().all()
+        square = gradient.float().square()
+        square = square / square.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        decay = 1 - 1 / self.lookahead
+        mean = decay * self.importance + (1 - decay) * square
+        self.importance = torch.where(finite, mean, self.importance)
+        self.refused += ~finite
+        if self.step_count >= self.start and (self.step_count - self.start) % self.interval == 0:
+            self._rank()
+        if self.step_count >= self.start:
+            move = torch.where(self.losing, -self.strength, self.strength)
+            self.gate = torch.where(finite, (self.gate + move).clamp(0, 1), self.gate)
+        self.step_count += 1
+        if self.final and bool((self.gate == (~self.losing).float()).all()):
+            self.frozen = True
+            self._record()
+
+    def schedule(self, step: int) -> dict[str, float]:
+        """Return the target cost at ``step`` for each budgeted cost: geometric from dense at ``start`` to the budget at ``end``."""
+        share = min(max((step - self.start) / (self.end - self.start), 0.0), 1.0)
+        return {
+            name: self.dense[name] * (min(bound, self.dense[name]) / self.dense[name]) ** share
+            for name, bound in self.bounds.items()
+        }
+
+    def _rank(self) -> None:
+        """Choose the losing set for the schedule a look-ahead from now, and adapt the strength to the schedule of now."""
+        self._warn_refused()
+        still_open = (self.gate > 0).cpu()
+        hard = self.cost_model.exact(still_open)
+        error = max(math.log(hard[name] / target) for name, target in self.schedule(self.step_count).items())
+        # Bounded change: the strength answers within a few re-rankings and never jumps.
+        factor = math.exp(min(max(5 * error, -0.2), 0.2))
+        low, high = (1.0 if self.final else 0.5) * self.base_strength, 4 * self.base_strength
+        self.strength = min(max(self.strength * factor, low), high)
+        if not self.final:
+            ahead = self.step_count + self.lookahead
+            targets = self.schedule(ahead)
+            if ahead >= self.end:  # the budget itself, as an integer
+                targets = self.bounds
+            score = self.score()
+            winning = fill(self.channels, score, targets, self.min_width)
+            self._weigh(self.cost_model.exact(winning), targets)
+            if ahead >= self.end:
+                winning = tighten(self.channels, winning, score, targets, self.min_width)
+            losing = (~winning).to(self.losing.device)
+            self.returned += int((self.losing & ~losing & (self.gate == 0)).sum())
+            self.losing = losing
+            if ahead >= self.end:
+                # From here on every losing gate has just the time it needs to close by itself.
+                self.final = True
+                self.strength = max(self.strength, self.base_strength)
+        self._record(hard)
+
+    def score(self) -> Tensor:
+        """Return importance per marginal cost, float64 ``[units]``; several costs add up as weighted shares of their budgets."""
+        z = (~self.losing).cpu()
+        marginal = self.cost_model.marginal(z)
+        price = sum(self.weights[name] * marginal[name] / bound for name, bound in self.bounds.items())
+        return self.importance.cpu().double() / price.clamp(min=1e-12)
+
+    def _weigh(self, cost: Mapping[str, int], targets: Mapping[str, float]) -> None:
+        """Make a cost with room left cheaper, so that several budgets are used up together where that is possible."""
+        used = {name: cost[name] / target for name, target in targets.items()}
+        weights = {name: self.weights[name] * share / max(used.values()) for name, share in used.items()}
+        self.weights = {name: weight / max(weights.values()) for name, weight in weights.items()}
+
+    def _record(self, hard: dict[str, int] | None = None) -> None:
+        hard = self.cost_model.exact((self.gate > 0).cpu()) if hard is None else hard
+        targets = self.schedule(self.step_count)
+        self.trajectory.append(
+            {
+                "step": self.step_count,
+                **hard,
+                **{f"{name}_schedule": targets.get(name, math.nan) for name in hard},
+                "strength": self.strength,
+                "losing": int(self.losing.sum()),
+                "closed": int((self.gate == 0).sum()),
+                "returned": self.returned,
+            }
+        )
+
+    def _warn_refused(self) -> None:
+        if (refused := int(self.refused)) > self._reported:
+            warnings.warn(
+                f"{refused - self._reported} step(s) had gradients that are not finite and were refused: importance and gates did "
+                f"not change. With loss scaling a few are normal; otherwise lower the learning rate.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            self._reported = refused
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that changes during a run, as tensors and plain values."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        for name in _STATE:
+            setattr(self, name, state[name])
+
+
+_STATE = (
+    "step_count",
+    "weights",
+    "importance",
+    "gate",
+    "losing",
+    "strength",
+    "final",
+    "frozen",
+    "refused",
+    "returned",
+    "trajectory",
+)
+
+
+def required_units(channels: Channels, min_width: int) -> Tensor:
+    """Return a smallest set of units that must stay, bool ``[units]``: what is not prunable, and ``min_width`` a family."""
+    if not isinstance(min_width, int) or min_width < 1:
+        raise ValueError(f"min_width must be an int of at least 1, so that no layer empties; got {min_width!r}.")
+    required = ~channels.prunable
+    for family in channels.families:
+        missing = min_width - int(required[family.units].sum())
+        if missing > 0:
+            required[family.units[~required[family.units]][:missing]] = True
+    return required
+
+
+def fill(channels: Channels, score: Tensor, bounds: Mapping[str, float], min_width: int = 1) -> Tensor:
+    """Return the units that win, bool ``[units]``: within every bound, and nothing that is left out would still fit.
+
+    The ``min_width`` best units of each family come first, then all others from the best ``score`` (float ``[units]``) down; one
+    that does not fit is skipped. ``bounds`` must not be below the cost of :func:`required_units`.
+    """
+    model = channels.cost_model
+    score = score.double().where(channels.prunable, torch.inf)
+    order = score.argsort(descending=True, stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    first = ~channels.prunable
+    for family in channels.families:
+        first[family.units[place[family.units].argsort()[:min_width]]] = True
+    order = torch.cat([order[first[order]], order[~first[order]]])
+
+    def fits(winning: Tensor) -> bool:
+        cost = model.exact(winning)
+        return all(cost[name] <= bound for name, bound in bounds.items())
+
+    low, high = (
+        int(first.sum()),
+        len(order),
+    )  # the longest head of the order that fits, by bisection: cost grows with it
+    while low < high:
+        middle = (low + high + 1) // 2
+        winning = torch.zeros_like(first)
+        winning[order[:middle]] = True
+        low, high = (middle, high) if fits(winning) else (low, middle - 1)
+    winning = torch.zeros_like(first)
+    winning[order[:low]] = True
+    rest = order[low:]
+    while len(rest):
+        cost, extra = model.exact(winning), model.marginal(winning)
+        room = torch.ones(len(rest), dtype=torch.bool)
+        for name, bound in bounds.items():
+            room &= cost[name] + extra[name][rest] <= bound
+        rest = rest[room]  # what does not fit now never will: costs only grow
+        if len(rest):
+            winning[rest[0]] = True
+            rest = rest[1:]
+    return winning
+
+
+def tighten(
+    channels: Channels, winning: Tensor, score: Tensor, bounds: Mapping[str, float], min_width: int = 1
+) -> Tensor:
+    """Return ``winning`` with single units exchanged until some bound is used to 99 %, where that is possible.
+
+    Matters for small networks only, where one unit costs more than what is left. Each exchange takes the worst open unit of
+    one family for the best closed unit of another, and is the one that fills the bounds best.
+    """
+    model = channels.cost_model
+
+    def utilisation(open_units: Tensor) -> float:
+        cost = model.exact(open_units)
+        used = max(cost[name] / bound for name, bound in bounds.items())
+        return used if all(cost[name] <= bound for name, bound in bounds.items()) else -1.0
+
+    best = utilisation(winning)
+    while best < 0.99 and not winning.all():
+        leaving, entering = [], []
+        for family in channels.families:
+            inside, outside = family.units[winning[family.units]], family.units[~winning[family.units]]
+            removable = inside[channels.prunable[inside]]
+            if len(inside) > min_width and len(removable):
+                leaving.append(removable[score[removable].argmin()])
+            if len(outside):
+                entering.append(outside[score[outside].argmax()])
+        candidates = []
+        for out in leaving:
+            for into in entering:
+                candidate = winning.clone()
+                candidate[out], candidate[into] = False, True
+                candidates.append((utilisation(candidate), candidate))
+        used, candidate = max(candidates, key=lambda pair: pair[0], default=(best, winning))
+        if used <= best:
+            break
+        best, winning = used, candidate
+    return winning

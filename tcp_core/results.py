@@ -1,0 +1,244 @@
+"""A run's folder, and the data frame of all runs.
+
+A run writes `params.json` when it starts, its tables (`history.csv`, and for a tailored network
+`trajectory.csv` and `widths.csv`) when it ends, and `metrics.json` last and at once: a run is done
+if and only if `metrics.json` is there. Tables and figures are made from `read_runs` alone.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+HISTORY = (
+    *("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),
+    *("seconds", "macs", "params", "open_units", "strength"),
+)
+TRAJECTORY = (
+    *("step", "epoch", "macs", "params", "macs_schedule", "params_schedule"),
+    *("strength", "losing", "closed", "returned"),
+)
+WIDTHS = ("layer", "dense", "tailored")
+METRICS = (
+    *("network", "dataset", "method", "seed", "test_accuracy", "val_accuracy"),
+    *("dense_macs", "dense_params", "macs", "params", "budget", "utilisation"),
+    *("largest_gate_removed", "seconds_train", "frozen_at_step", "steps"),
+    *("versions", "device", "threads", "git_commit", "started"),
+)
+
+
+def start_run(out: str | Path, params: Mapping, *, overwrite: bool = False) -> Path:
+    """Return the folder `out` of a new run, made if need be, with `params` in its `params.json`.
+
+    A folder whose run is done is refused (`FileExistsError`) unless `overwrite`, which makes it
+    count as not done from here on. What an interrupted run left behind is always replaced.
+    """
+    out = Path(out)
+    if is_done(out) and not overwrite:
+        raise FileExistsError(
+            f"{out} holds a finished run (it has metrics.json). Choose another folder, delete this "
+            "one, or pass overwrite=True."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.json", "history.csv", "trajectory.csv", "widths.csv"):
+        (out / name).unlink(missing_ok=True)
+    _write_json(out / "params.json", params)
+    return out
+
+
+def finish_run(
+    out: str | Path,
+    *,
+    history: pd.DataFrame,
+    metrics: Mapping,
+    trajectory: pd.DataFrame | None = None,
+    widths: pd.DataFrame | None = None,
+) -> None:
+    """Write a run's tables, then its `metrics.json`, which marks the run as done.
+
+    `history`, `trajectory` and `widths` are data frames with at least the columns HISTORY,
+    TRAJECTORY and WIDTHS of this module; the last two are None or empty for a run without a budget.
+    `metrics` needs the keys METRICS (None where a key says nothing about this run, such as the
+    budget of a dense network) and may have more. NaN and infinity become null.
+    Raises `FileNotFoundError` if `start_run` was not called for `out`, and `ValueError` naming
+    the columns or keys that are missing; in both cases nothing is written.
+    """
+    out = Path(out)
+    if not (out / "params.json").exists():
+        raise FileNotFoundError(f"{out} has no params.json: call start_run(out, params) first.")
+    tables = {"history": history}
+    require("history", history, HISTORY)
+    for name, frame, columns in (
+        ("trajectory", trajectory, TRAJECTORY),
+        ("widths", widths, WIDTHS),
+    ):
+        if frame is not None and len(frame):
+            require(name, frame, columns)
+            tables[name] = frame
+    require("metrics", metrics, METRICS)
+    metrics = _plain(metrics, "metrics")
+
+    for name, frame in tables.items():
+        # ten digits: exact for every cost below 10^10, and the same text on every machine
+        frame.to_csv(out / f"{name}.csv", index=False, float_format="%.10g", lineterminator="\n")
+    _write_json(out / "metrics.json", metrics)
+
+
+def is_done(out: str | Path) -> bool:
+    """Say whether the run in folder `out` has finished."""
+    return (Path(out) / "metrics.json").exists()
+
+
+def read_runs(root: str | Path) -> pd.DataFrame:
+    """Return one data frame of all finished runs below `root`, one row per run, sorted by folder.
+
+    `run` is the run's folder relative to `root`. Metrics keep their names, nested ones are joined
+    by a dot (`budget.macs`, `versions.torch`); parameters stand behind `param.` (`param.epochs`),
+    because several names, `params` first of all, mean one thing as parameter and another as metric.
+    What a run does not have is missing in its row. Raises `FileNotFoundError` if nothing is there.
+    """
+    root = Path(root)
+    done = sorted(root.rglob("metrics.json"))
+    if not done:
+        raise FileNotFoundError(
+            f"No finished run below {root}: a run's folder has metrics.json. "
+            "Is the path right, and has a run come to its end?"
+        )
+    rows = []
+    for path in done:
+        params = path.with_name("params.json")
+        if not params.exists():
+            raise FileNotFoundError(f"{path.parent} has metrics.json but no params.json.")
+        row = {"run": path.parent.relative_to(root).as_posix()}
+        row |= _flat(_read_json(path))
+        row |= _flat(_read_json(params), prefix="param.")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def environment(device: str | torch.device | None = None) -> dict:
+    """Return what the numbers of a run depend on beside its parameters; call it as the run starts.
+
+    Keys: `versions` (python, tcp_core, torch, torchvision, numpy), `device` (name of the
+    processor), `threads` (of torch on the CPU), `git_commit` and `git_dirty` (whether code differs
+    from that commit; both None outside a git checkout), `started` (local time, ISO 8601).
+    Without `device`, the GPU is meant if there is one.
+    """
+    packages = ("tcp_core", "torch", "torchvision", "numpy")
+    return {
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        **_git_state(),
+        "started": datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def require(what: str, given, wanted) -> None:
+    """Raise `ValueError` if `given`, a frame or dict, lacks a name in `wanted` or is empty."""
+    missing = [name for name in wanted if name not in given]
+    if missing:
+        raise ValueError(
+            f"{what} lacks {', '.join(missing)}. It has {', '.join(map(str, given)) or 'nothing'}; "
+            f"it needs {', '.join(wanted)}."
+        )
+    if len(given) == 0:
+        raise ValueError(f"{what} has no rows.")
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None  # used from a source tree that is not installed
+
+
+def _device_name(device):
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_state():
+    repository = Path(__file__).resolve().parents[1]
+
+    def git(*arguments):
+        command = ["git", "-C", str(repository), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # an installed copy may lie in somebody else's repository, whose commit says nothing
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != repository:
+            return {"git_commit": None, "git_dirty": None}
+        # results and prose may change between two runs of a study; the code may not
+        code = ("tcp_core", "notebooks", "experiments", "pyproject.toml")
+        return {
+            "git_commit": git("rev-parse", "HEAD"),
+            "git_dirty": git("status", "--porcelain", "--", *code) != "",
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_commit": None, "git_dirty": None}
+
+
+def _plain(value, where):
+    """Return `value` as JSON can hold it; `where` names it in the error."""
+    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.ndim == 0):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    raise TypeError(
+        f"{where} is a {type(value).__name__}, which a JSON file cannot hold. Allowed: numbers, "
+        "text, True, False, None, paths, and lists and dicts of these."
+    )
+
+
+def _write_json(path, value):
+    text = json.dumps(_plain(value, path.stem), indent=2, ensure_ascii=False, allow_nan=False)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text + "\n", encoding="utf-8")
+    os.replace(part, path)  # atomic: whoever finds the file finds all of it
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Delete it and run again.") from error
+
+
+def _flat(value, prefix=""):
+    row = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            row |= _flat(item, f"{prefix}{key}.")
+        else:
+            row[f"{prefix}{key}"] = item
+    return row

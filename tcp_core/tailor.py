@@ -1,0 +1,185 @@
+"""Tailoring inside a training loop: three added lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .channels import Channels
+from .controller import Controller
+from .cost import Budget
+from .gates import Gated
+from .removal import check_same_model, remove
+from .tracing import trace
+
+
+class Tailor(Gated):
+    """A model that tailors itself to a budget while it is trained; call it in place of the model.
+
+    Args:
+        model: the dense network, trained or not. Its parameters are trained as they are.
+        example_input: what the model is called with, see :func:`tcp_core.trace`.
+        budget: a :class:`Budget` or a dict such as ``{"macs": 0.5, "params": 0.6}``.
+        steps: optimiser steps of the whole run.
+        ignore: names or glob patterns of modules whose output channels must all stay.
+        min_width: the fewest units that stay in each family.
+        channels: the model's trace, if it has been made already.
+        options: further options of :class:`Controller` (``phase``, ``lookahead``).
+
+    Raises:
+        BudgetError: before any training, if the budget is malformed or below the lowest feasible cost.
+        ValueError: for other bad input; the message says what to do.
+
+    Example:
+        >>> tailor = Tailor(model, images[:2], budget={"macs": 0.5}, steps=epochs * len(loader))  # doctest: +SKIP
+        >>> for x, y in loader:  # doctest: +SKIP
+        ...     loss = loss_fn(tailor(x), y)
+        ...     optimizer.zero_grad(); loss.backward(); optimizer.step()
+        ...     tailor.step(optimizer)
+        >>> small = tailor.finish()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Any,
+        *,
+        budget: Budget | Mapping,
+        steps: int,
+        ignore: Iterable[str] | str = (),
+        min_width: int = 1,
+        channels: Channels | None = None,
+        **options: Any,
+    ) -> None:
+        _check_trainable(model)
+        budget = Budget.of(budget)
+        if channels is None:
+            channels = trace(model, example_input, ignore=ignore)
+        check_same_model(model, channels)
+        super().__init__(model, channels)
+        self.channels = channels
+        self.budget = budget
+        self.controller = Controller(
+            channels, budget, steps=steps, min_width=min_width, device=self.gate.device, **options
+        )
+        self.shrunk = False
+        self.largest_gate_removed: float | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the set of units is final. From then on the run is ordinary training of the tailored network."""
+        return self.controller.frozen
+
+    @property
+    def open_units(self) -> Tensor:
+        """The units whose gates are not closed, bool ``[units]`` on the CPU."""
+        return (self.controller.gate > 0).cpu()
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Move the gates; call it after each ``backward()`` (once per optimiser step if gradients are accumulated).
+
+        With ``optimizer``, the network is made physically smaller as soon as its set is frozen, the optimiser's state carried
+        along, and the rest of the run is faster. Without, it is made smaller by :meth:`finish`.
+
+        Raises:
+            RuntimeError: if no backward pass went through the Tailor since the last step.
+        """
+        if not self.frozen:
+            if self.gate.grad is None:
+                raise RuntimeError(
+                    "step() found no gradient of the gates: call it after loss.backward(), with a loss computed from "
+                    "tailor(x), not model(x); and once per backward."
+                )
+            self.controller.update(self.gate.grad)
+            self.gate.grad = None
+            # Assigned, not accumulated: whatever an optimiser that holds the gates did to them is undone.
+            self.gate.data.copy_(self.controller.gate)
+            if self.frozen:
+                self.gate.requires_grad_(False)
+        if self.frozen and optimizer is not None and not self.shrunk:
+            self._shrink(optimizer)
+
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+        """Return the tailored network: a plain, physically smaller module within the budget.
+
+        Raises:
+            RuntimeError: before the set is frozen.
+        """
+        if not self.frozen:
+            controller = self.controller
+            raise RuntimeError(
+                f"finish() before the set is frozen: {controller.step_count} of {controller.steps} steps were taken and it is frozen "
+                f"at about step {controller.end}. Train on, or construct the Tailor with the number of steps you really take."
+            )
+        if not self.shrunk:
+            self._shrink(optimizer)
+        return self.model
+
+    def _shrink(self, optimizer: torch.optim.Optimizer | None) -> None:
+        open_units = self.open_units
+        closed = self.gate.detach()[~open_units.to(self.gate.device)]
+        self.largest_gate_removed = float(closed.max()) if len(closed) else 0.0
+        self.model = remove(self.model, self.channels, open_units, optimizer)
+        self.sites = ()
+        self.shrunk = True
+
+    def report(self) -> Report:
+        """Return requested, current, floor and dense cost per budget, utilisation, strength and widths, as a printable dict."""
+        controller = self.controller
+        current = self.channels.cost(self.open_units)
+        return Report(
+            requested=self.budget.as_dict(),
+            bounds=dict(controller.bounds),
+            dense=dict(controller.dense),
+            current=current,
+            floor=dict(controller.floor),
+            utilisation={name: current[name] / bound for name, bound in controller.bounds.items()},
+            strength=0.0 if self.frozen else controller.strength,
+            step=controller.step_count,
+            steps=controller.steps,
+            frozen=self.frozen,
+            refused_steps=int(controller.refused),
+            largest_gate_removed=self.largest_gate_removed,
+            widths=self.channels.widths(self.open_units),
+            dense_widths=self.channels.widths(),
+            unknown=self.channels.unknown,
+        )
+
+
+class Report(dict):
+    """Where a tailoring run stands; a dict that prints as a table."""
+
+    def __repr__(self) -> str:
+        rows = [
+            f"{'cost':8}{'dense':>16}{'requested':>16}{'current':>16}{'of dense':>10}{'of budget':>11}{'floor':>14}"
+        ]
+        for name, dense in self["dense"].items():
+            bound = self["bounds"].get(name)
+            rows.append(
+                f"{name:8}{dense:>16,}{'-' if bound is None else format(bound, ','):>16}{self['current'][name]:>16,}"
+                f"{self['current'][name] / dense:>10.2%}"
+                f"{'-' if bound is None else format(self['utilisation'][name], '.2%'):>11}{self['floor'][name]:>14,}"
+            )
+        state = "frozen" if self["frozen"] else f"strength {self['strength']:.2g}"
+        narrow = [name for name, width in self["widths"].items() if width < 8 <= self["dense_widths"][name]]
+        rows.append(
+            f"step {self['step']} of {self['steps']}, {state}; layers left with fewer than 8 channels: {len(narrow)}"
+        )
+        return "\n".join(rows)
+
+
+def _check_trainable(model: nn.Module) -> None:
+    parameters = dict(model.named_parameters())
+    if half := [name for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]:
+        raise ValueError(
+            f"parameter {half[0]!r} is {parameters[half[0]].dtype}: gates move by small steps that half precision rounds away. "
+            f"Keep the model in float32 and run it under torch.autocast."
+        )
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError(
+            "all parameters of the model are frozen (requires_grad is False), so nothing could recover from pruning; set "
+            "requires_grad_(True) on what is to be trained. Single frozen parameters are fine: they are cut, not trained."
+        )

@@ -1,0 +1,252 @@
+"""One training loop for dense and tailored networks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .cost import Budget
+from .data import Images
+from .tailor import Report, Tailor
+from .tracing import trace
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+
+
+@dataclass
+class FitResult:
+    """What a training run leaves: a plain module and data frames.
+
+    Attributes:
+        model: the trained network; with a budget, the tailored one.
+        history: one row an epoch: epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy, seconds (of training),
+            macs, params, open_units, strength. Accuracies are fractions.
+        trajectory: one row a re-ranking: step, epoch, macs, params, macs_schedule, params_schedule, strength, losing,
+            closed, returned. Empty without a budget.
+        widths: one row a layer: layer, dense, tailored.
+        report: requested, delivered, floor and dense cost; see :meth:`tcp_core.Tailor.report`. Empty without a budget.
+        frozen_at_step: the step after which the network was tailored, or None.
+    """
+
+    model: nn.Module
+    history: pd.DataFrame
+    trajectory: pd.DataFrame
+    widths: pd.DataFrame
+    report: Report = field(default_factory=Report)
+    frozen_at_step: int | None = None
+
+
+def fit(
+    model: nn.Module,
+    train: Images | Iterable,
+    val: Images | Iterable | None = None,
+    *,
+    budget: Budget | Mapping | None,
+    epochs: int,
+    batch_size: int = 128,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    warmup: float = 0.05,
+    label_smoothing: float = 0.0,
+    augment: str = "crop_flip",
+    precision: str = "fp32",
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    on_epoch: Callable[[dict], Any] | None = None,
+    **tailoring: Any,
+) -> FitResult:
+    """Train ``model`` in one run that ends in a network of exactly the budget.
+
+    SGD with Nesterov momentum; the learning rate rises over the share ``warmup`` of the run and then follows a cosine to 0.
+    As soon as the set of units is final, the network is made physically smaller and the same run goes on.
+
+    Args:
+        model: the dense network, trained or not; it is trained in place until it is made smaller.
+        train: :class:`tcp_core.data.Images`, or any iterable of ``(x, y)`` batches with a length.
+        val: the same, for the accuracy after each epoch; never the test images. None leaves it out.
+        budget: a :class:`Budget` or dict; None trains the dense network.
+        epochs: passes over ``train``.
+        weight_decay: of weights with two or more dimensions; batch norms and biases have none.
+        augment: "none", "crop" or "crop_flip", for ``Images``.
+        precision: "fp32", or "bf16" for autocast.
+        seed: order and augmentation of the training images.
+        device: where to train; where the model is, if None.
+        on_epoch: called with each row of the history.
+        tailoring: options of :class:`Tailor` (``ignore``, ``min_width``, ``phase``, ...).
+
+    Raises:
+        BudgetError, ValueError: before any training, see :class:`Tailor`.
+        FloatingPointError: if the loss is not finite; the model is as it was before that step.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}; it must be one of {', '.join(PRECISIONS)}.")
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"epochs={epochs!r}; it must be an int of at least 1.")
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    model.to(device)
+    batches = _epochs(train, batch_size, augment, seed, device)
+    steps = epochs * len(batches(0))
+    example = next(iter(batches(0)))[0][:2]
+    channels = trace(model, example, ignore=tailoring.get("ignore", ()))
+    tailor = None
+    if budget is not None:
+        tailor = Tailor(model, example, budget=budget, steps=steps, channels=channels, **tailoring)
+    elif tailoring:
+        raise TypeError(f"options {sorted(tailoring)} need a budget; without one the dense network is trained.")
+    network = model if tailor is None else tailor
+    optimizer = torch.optim.SGD(_parameter_groups(model, weight_decay), lr=lr, momentum=momentum, nesterov=momentum > 0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup))
+    dtype = PRECISIONS[precision]
+    history: list[dict] = []
+    frozen_at = None
+    step = 0
+    for epoch in range(epochs):
+        started = time.perf_counter()
+        network.train()
+        loss_sum = torch.zeros((), device=device)
+        correct = torch.zeros((), device=device)
+        seen = 0
+        for x, y in batches(epoch):
+            x = channels_last(x)
+            with autocast(device, dtype):
+                logits = network(x)
+            logits = logits.float()
+            loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+            if not loss.isfinite():
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} at step {step} (epoch {epoch}); this step was not taken. Lower lr (now "
+                    f"{schedule.get_last_lr()[0]:.3g}), lengthen warmup, or check the images for values that are not finite."
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if tailor is not None:
+                tailor.step(optimizer)
+                if tailor.frozen and frozen_at is None:
+                    frozen_at = step
+            loss_sum += loss.detach() * len(y)
+            correct += (logits.detach().argmax(1) == y).sum()
+            seen += len(y)
+        seconds = time.perf_counter() - started
+        measured = evaluate(network, val, batch_size=512, precision=precision, device=device) if val is not None else {}
+        open_units = torch.ones(channels.units, dtype=torch.bool) if tailor is None else tailor.open_units
+        row = {
+            "epoch": epoch + 1,
+            "lr": schedule.get_last_lr()[0],
+            "train_loss": float(loss_sum) / seen,
+            "train_accuracy": float(correct) / seen,
+            "val_loss": measured.get("loss", math.nan),
+            "val_accuracy": measured.get("accuracy", math.nan),
+            "seconds": seconds,
+            **channels.cost(open_units),
+            "open_units": int(open_units.sum()),
+            "strength": 0.0 if tailor is None or tailor.frozen else tailor.controller.strength,
+        }
+        history.append(row)
+        if on_epoch is not None:
+            on_epoch(row)
+    widths = pd.DataFrame({"layer": channels.widths().keys(), "dense": channels.widths().values()})
+    if tailor is None:
+        widths["tailored"] = widths["dense"]
+        return FitResult(model, pd.DataFrame(history), pd.DataFrame(), widths)
+    small = tailor.finish(optimizer)
+    report = tailor.report()
+    widths["tailored"] = widths["layer"].map(report["widths"])
+    trajectory = pd.DataFrame(tailor.controller.trajectory)
+    trajectory.insert(1, "epoch", trajectory["step"] / (steps / epochs))
+    return FitResult(small, pd.DataFrame(history), trajectory, widths, report, frozen_at)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    images: Images | Iterable,
+    *,
+    batch_size: int = 512,
+    precision: str = "fp32",
+    device: torch.device | str | None = None,
+) -> dict[str, float]:
+    """Return ``{"loss", "accuracy"}`` (mean cross-entropy, fraction right) of ``model`` in eval mode on ``images``."""
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    loss, correct, seen = 0.0, 0, 0
+    for x, y in _epochs(images, batch_size, "none", None, device)(0):
+        with autocast(device, PRECISIONS[precision]):
+            logits = model(channels_last(x))
+        loss += float(F.cross_entropy(logits.float(), y, reduction="sum"))
+        correct += int((logits.argmax(1) == y).sum())
+        seen += len(y)
+    for module, mode in training.items():
+        module.training = mode
+    if not seen:
+        raise ValueError("there are no images to evaluate on; give at least one batch.")
+    return {"loss": loss / seen, "accuracy": correct / seen}
+
+
+def warmup_cosine(step: int, steps: int, warmup: float) -> float:
+    """Return the factor of the learning rate at ``step``: linear over the share ``warmup`` of ``steps``, then a cosine to 0."""
+    rising = warmup * steps
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1.0, steps - rising))))
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    """Return the context of a forward pass: autocast to ``dtype``, or nothing if it is None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return images with their channels innermost in memory: convolutions of the whole network then run faster."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Weights decay; batch norms and biases do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _epochs(images: Images | Iterable, batch_size: int, augment: str, seed: int | None, device: torch.device):
+    """Return a function from the epoch's number to its batches; ``seed`` None keeps the order and every image."""
+    if isinstance(images, Images):
+        images = images.to(device)
+        if seed is None:
+            return lambda epoch: images.batches(batch_size)
+        if len(images) < batch_size:
+            raise ValueError(
+                f"batch_size={batch_size} is larger than the {len(images)} training images; give a smaller one."
+            )
+        return lambda epoch: images.batches(
+            batch_size, shuffle=True, augment=augment, seed=seed, epoch=epoch, drop_last=True
+        )
+    if not hasattr(images, "__len__"):
+        raise ValueError(
+            "batches must come from an iterable with a length, such as a DataLoader, so that steps can be planned."
+        )
+
+    class Moved:
+        def __len__(self) -> int:
+            return len(images)
+
+        def __iter__(self):
+            return ((x.to(device), y.to(device)) for x, y in images)
+
+    moved = Moved()
+    return lambda epoch: moved

@@ -1,0 +1,155 @@
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tcp_core import results
+
+
+@pytest.fixture
+def history():
+    rows = [[1, 0.1, 2.0, 0.25, 1.75, 1 / 3, 12.5, 1000, 100, 40, 0.0]]
+    return pd.DataFrame(rows, columns=list(results.HISTORY))
+
+
+@pytest.fixture
+def metrics():
+    budget = {"budget": {"macs": 0.5}, "utilisation": {"macs": 0.998}}
+    return dict.fromkeys(results.METRICS) | {"network": "resnet20", "params": 60} | budget
+
+
+def test_a_run_is_done_only_when_it_is_finished(tmp_path, history, metrics):
+    out = results.start_run(tmp_path / "a" / "run", {"epochs": 3})
+    assert not results.is_done(out)
+    results.finish_run(out, history=history, metrics=metrics)
+    assert results.is_done(out)
+    files = {path.name for path in out.iterdir()}
+    assert files == {"params.json", "history.csv", "metrics.json"}
+
+
+def test_metrics_are_put_in_place_last_and_at_once(tmp_path, history, metrics, monkeypatch):
+    out = results.start_run(tmp_path, {})
+    moved = []
+
+    def replace(source, target):
+        moved.append(Path(target).name)
+        assert json.loads(Path(source).read_text())["network"] == "resnet20"  # complete already
+        assert (out / "history.csv").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results.os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        results.finish_run(out, history=history, metrics=metrics)
+    assert moved == ["metrics.json"]
+    assert not results.is_done(out)
+
+
+def test_csv_is_the_same_text_everywhere(tmp_path, history, metrics):
+    out = results.start_run(tmp_path, {})
+    results.finish_run(out, history=history, metrics=metrics)
+    header, row = (out / "history.csv").read_bytes().decode().removesuffix("\n").split("\n")
+    assert header == ",".join(results.HISTORY)
+    assert row == "1,0.1,2,0.25,1.75,0.3333333333,12.5,1000,100,40,0"
+
+
+def test_nan_and_infinity_become_null(tmp_path, history, metrics):
+    out = results.start_run(tmp_path, {"lr": float("nan"), "list": [np.float32("inf"), 1]})
+    metrics["test_accuracy"] = torch.tensor(float("nan"))
+    results.finish_run(out, history=history, metrics=metrics)
+    for name in ("params.json", "metrics.json"):
+        assert "NaN" not in (out / name).read_text()
+        assert "Infinity" not in (out / name).read_text()
+    assert json.loads((out / "params.json").read_text()) == {"lr": None, "list": [None, 1]}
+
+
+def test_numbers_of_numpy_and_torch_and_paths_are_plain_in_json(tmp_path):
+    given = {"a": np.int64(3), "b": torch.tensor(2.5), "c": Path("x/y"), "d": (True, None), 5: "e"}
+    plain = {"a": 3, "b": 2.5, "c": "x/y", "d": [True, None], "5": "e"}
+    out = results.start_run(tmp_path, given)
+    assert json.loads((out / "params.json").read_text()) == plain
+
+
+def test_what_json_cannot_hold_is_named(tmp_path):
+    with pytest.raises(TypeError, match=r"params\['net'\]\['layer'\] is a Linear"):
+        results.start_run(tmp_path, {"net": {"layer": torch.nn.Linear(1, 1)}})
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(tmp_path, history, metrics):
+    out = results.start_run(tmp_path, {"epochs": 3})
+    results.finish_run(out, history=history, metrics=metrics)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        results.start_run(out, {"epochs": 4})
+    results.start_run(out, {"epochs": 4}, overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["params.json"]
+
+
+def test_finish_needs_start_and_complete_tables(tmp_path, history, metrics):
+    with pytest.raises(FileNotFoundError, match="start_run"):
+        results.finish_run(tmp_path, history=history, metrics=metrics)
+    out = results.start_run(tmp_path, {})
+    with pytest.raises(ValueError, match="history lacks lr, strength"):
+        results.finish_run(out, history=history.drop(columns=["lr", "strength"]), metrics=metrics)
+    widths = pd.DataFrame({"layer": ["fc"], "dense": [10]})
+    with pytest.raises(ValueError, match="widths lacks tailored"):
+        results.finish_run(out, history=history, metrics=metrics, widths=widths)
+    del metrics["seed"]
+    with pytest.raises(ValueError, match="metrics lacks seed"):
+        results.finish_run(out, history=history, metrics=metrics)
+    assert [path.name for path in out.iterdir()] == ["params.json"]
+
+
+def test_a_dense_run_has_no_trajectory(tmp_path, history, metrics):
+    out = results.start_run(tmp_path, {})
+    results.finish_run(out, history=history, metrics=metrics, trajectory=pd.DataFrame())
+    assert not (out / "trajectory.csv").exists()
+
+
+def test_read_runs_gives_one_row_per_finished_run(tmp_path, history, metrics):
+    for name, epochs in (("b", 2), ("a/deep", 1)):
+        out = results.start_run(tmp_path / name, {"epochs": epochs, "params": 0.6})
+        results.finish_run(out, history=history, metrics=metrics)
+    results.start_run(tmp_path / "unfinished", {"epochs": 9})
+
+    runs = results.read_runs(tmp_path)
+    assert list(runs["run"]) == ["a/deep", "b"]
+    assert list(runs["param.epochs"]) == [1, 2]
+    # the metric `params` is a count, the parameter `params` a budget: they do not collide
+    assert list(runs["params"]) == [60, 60]
+    assert list(runs["param.params"]) == [0.6, 0.6]
+    assert list(runs["budget.macs"]) == [0.5, 0.5]
+    assert "budget" not in runs
+
+
+def test_read_runs_says_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No finished run"):
+        results.read_runs(tmp_path / "nowhere")
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(FileNotFoundError, match="no params.json"):
+        results.read_runs(tmp_path)
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        results.read_runs(tmp_path)
+
+
+def test_environment_has_what_metrics_need(tmp_path):
+    environment = results.environment("cpu")
+    assert {"versions", "device", "threads", "git_commit", "started"} <= set(environment)
+    assert set(environment) - {"git_dirty"} <= set(results.METRICS)
+    assert set(environment["versions"]) == {"python", "tcp_core", "torch", "torchvision", "numpy"}
+    assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert environment["device"]
+    results.start_run(tmp_path, environment)  # JSON can hold it
+
+
+def test_environment_without_git(monkeypatch):
+    def no_git(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", no_git)
+    environment = results.environment("cpu")
+    assert environment["git_commit"] is None
+    assert environment["git_dirty"] is None
