@@ -1,7 +1,7 @@
 """Tailored channel pruning: one training run that ends in a smaller network of exactly the budget.
 
-Three lines in a training loop (`Tailor`), one call without one (`fit`), or the parts: `trace`, `Channels.cost`, `close`,
-`remove`, `save`, `load`.
+Three lines in a training loop (`Tailor`), one call without one (`fit`), or the parts: `trace`, `Channels.cost`,
+`close`, `remove`, `save`, `load`.
 """
 
 from .channels import Channels

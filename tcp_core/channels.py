@@ -1,7 +1,7 @@
 """What a trace knows about a network's channels: one immutable value.
 
-A **unit** is a set of channels that can only be removed together. Units are numbered from 0; everywhere a tensor of unit
-indices describes a dimension, -1 stands for a channel that always stays.
+A **unit** is a set of channels that can only be removed together. Units are numbered from 0; everywhere a tensor of
+unit indices describes a dimension, -1 stands for a channel that always stays.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Family:
 class GateSite:
     """One place where gates act: the weight (and bias) that is multiplied by the gates of ``units`` along ``dim``.
 
-    ``weight`` and ``bias`` are qualified names. ``constant`` is set for a batch norm without affine parameters, whose weight
-    is None: the gate takes the weight's place.
+    ``weight`` and ``bias`` are qualified names. ``constant`` is set for a batch norm without affine parameters,
+    whose weight is None: the gate takes the weight's place.
     """
 
     weight: str
@@ -81,7 +81,7 @@ class Channels:
         paddings: zero-padding modules that add channels.
         shapes: shape of every parameter and buffer, to recognise the model later.
         cost_model: the bilinear cost of gates.
-        example: the inputs the model was traced on (at most two samples), for verification.
+        example: one sample of the inputs the model was traced on, for verification.
     """
 
     units: int
@@ -98,11 +98,11 @@ class Channels:
     example: tuple[tuple[Any, ...], dict[str, Any]]
 
     def cost(self, open_units: Tensor | None = None) -> dict[str, int]:
-        """Return ``{"macs": int, "params": int}`` of the network that keeps only ``open_units`` (default: the dense one)."""
+        """Return ``{"macs": int, "params": int}`` of the network that keeps only ``open_units`` (default: all)."""
         return self.cost_model.exact(None if open_units is None else self.check(open_units))
 
     def check(self, open_units: Tensor) -> Tensor:
-        """Return ``open_units`` as a bool ``[units]`` tensor on the CPU, or raise ValueError if the network can't be so small."""
+        """Return ``open_units`` as bool ``[units]`` on the CPU; ValueError if no such network can be made."""
         open_units = torch.as_tensor(open_units).detach().cpu()
         if open_units.dtype != torch.bool or open_units.shape != (self.units,):
             raise ValueError(

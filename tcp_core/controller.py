@@ -2,11 +2,11 @@
 
 After every backward pass it reads the gates' gradients and moves the gates; the surviving weights are never touched.
 
-1. Importance: running mean of the squared gradient of the loss with respect to each gate, the first-order Taylor estimate of
-   what closing it costs (Molchanov et al., 2019), normalised per step so that loss scaling does not matter.
+1. Importance: running mean of the squared gradient of the loss with respect to each gate, the first-order Taylor
+   estimate of what closing it costs (Molchanov et al., 2019), normalised per step so that loss scaling does not matter.
 2. Losing set: units ranked by importance per marginal cost fill the budget from the best down; the rest loses.
-3. Strength: losing gates go down by ``strength`` a step, winning ones go up. The strength follows the log-ratio between the
-   cost of the units still open and a schedule that leads from the dense cost to the budget.
+3. Strength: losing gates go down by ``strength`` a step, winning ones go up. The strength follows the log-ratio
+   between the cost of the units still open and a schedule that leads from the dense cost to the budget.
 4. Freeze: once the schedule is at the budget and every losing gate has reached 0 by itself, the set is final.
 """
 
@@ -34,8 +34,8 @@ class Controller:
         channels: the network's trace.
         budget: the bounds to meet.
         steps: optimiser steps of the whole run.
-        phase: the shares of the run between which the network is made smaller; importance is measured from the first step,
-            and the set is frozen at the end of the phase.
+        phase: the shares of the run between which the network is made smaller; importance is measured from the first
+            step, and the set is frozen at the end of the phase.
         lookahead: the share of the phase by which a unit is told ahead of its time; as long as a gate takes to close.
         min_width: the fewest units that stay in each family.
 
@@ -84,28 +84,33 @@ class Controller:
         if not channels.prunable.any():
             raise ValueError(
                 f"no unit of this network can be removed ({channels.units} units; unknown operators: "
-                f"{list(channels.unknown)[:5]}). Check ignore=... and that the network has hidden convolutions or linear layers."
+                f"{list(channels.unknown)[:5]}). Check ignore=... and that the network has hidden convolutions or "
+                f"linear layers."
             )
         if not 0 <= phase[0] < phase[1] <= 1 or not 0 < lookahead < 1:
             raise ValueError(
-                f"phase must be two rising shares of the run in [0, 1] and lookahead in (0, 1); got {phase}, {lookahead}."
+                f"phase must be two rising shares of the run in [0, 1] and lookahead in (0, 1); got {phase}, "
+                f"{lookahead}."
             )
         needed = math.ceil(MIN_PHASE_STEPS / (phase[1] - phase[0]))
         if not isinstance(steps, int) or steps < needed:
             raise ValueError(
-                f"steps={steps!r} is too short: the pruning phase is {phase[1] - phase[0]:.0%} of the run and needs {MIN_PHASE_STEPS} "
+                f"steps={steps!r} is too short: the pruning phase is {phase[1] - phase[0]:.0%} of the run and needs "
+                f"{MIN_PHASE_STEPS} "
                 f"steps. Give the number of optimiser steps of the whole run, at least {needed}, or widen phase."
             )
         for name, bound in self.bounds.items():
             if bound < self.floor[name]:
                 raise BudgetError(
-                    f"the {name} budget of {bound:,} ({bound / self.dense[name]:.2%} of the dense {self.dense[name]:,}) is below the "
+                    f"the {name} budget of {bound:,} ({bound / self.dense[name]:.2%} of the dense "
+                    f"{self.dense[name]:,}) is below the "
                     f"floor: with {min_width} unit(s) in each family the smallest network has {self.floor[name]:,} "
                     f"({self.floor[name] / self.dense[name]:.2%}). Give {name} >= {self.floor[name]}, or ignore less."
                 )
 
     def update(self, gradient: Tensor) -> None:
-        """Take one step, after a backward pass: ``gradient`` is the loss's gradient with respect to the gates, ``[units]``.
+        """Take one step, after a backward pass: ``gradient`` is the loss's gradient with respect to the gates,
+        ``[units]``.
 
         A gradient that is not finite is refused: it moves nothing, is counted in ``refused`` and warned about.
         """
@@ -129,7 +134,7 @@ class Controller:
             self._record()
 
     def schedule(self, step: int) -> dict[str, float]:
-        """Return the target cost at ``step`` for each budgeted cost: geometric from dense at ``start`` to the budget at ``end``."""
+        """Return each budgeted cost's target at ``step``: geometric from dense at ``start`` to budget at ``end``."""
         share = min(max((step - self.start) / (self.end - self.start), 0.0), 1.0)
         return {
             name: self.dense[name] * (min(bound, self.dense[name]) / self.dense[name]) ** share
@@ -137,7 +142,7 @@ class Controller:
         }
 
     def _rank(self) -> None:
-        """Choose the losing set for the schedule a look-ahead from now, and adapt the strength to the schedule of now."""
+        """Choose the losing set for the schedule a look-ahead from now; adapt the strength to the schedule of now."""
         self._warn_refused()
         still_open = (self.gate > 0).cpu()
         hard = self.cost_model.exact(still_open)
@@ -166,7 +171,7 @@ class Controller:
         self._record(hard)
 
     def score(self) -> Tensor:
-        """Return importance per marginal cost, float64 ``[units]``; several costs add up as weighted shares of their budgets."""
+        """Return importance per marginal cost, float64 ``[units]``; costs add up as weighted shares of budgets."""
         z = (~self.losing).cpu()
         marginal = self.cost_model.marginal(z)
         price = sum(self.weights[name] * marginal[name] / bound for name, bound in self.bounds.items())
@@ -196,7 +201,8 @@ class Controller:
     def _warn_refused(self) -> None:
         if (refused := int(self.refused)) > self._reported:
             warnings.warn(
-                f"{refused - self._reported} step(s) had gradients that are not finite and were refused: importance and gates did "
+                f"{refused - self._reported} step(s) had gradients that are not finite and were refused: importance "
+                f"and gates did "
                 f"not change. With loss scaling a few are normal; otherwise lower the learning rate.",
                 RuntimeWarning,
                 stacklevel=4,
@@ -229,7 +235,7 @@ _STATE = (
 
 
 def required_units(channels: Channels, min_width: int) -> Tensor:
-    """Return a smallest set of units that must stay, bool ``[units]``: what is not prunable, and ``min_width`` a family."""
+    """Return a smallest set of units that must stay, bool ``[units]``: the unprunable, and ``min_width`` a family."""
     if not isinstance(min_width, int) or min_width < 1:
         raise ValueError(f"min_width must be an int of at least 1, so that no layer empties; got {min_width!r}.")
     required = ~channels.prunable
@@ -243,8 +249,9 @@ def required_units(channels: Channels, min_width: int) -> Tensor:
 def fill(channels: Channels, score: Tensor, bounds: Mapping[str, float], min_width: int = 1) -> Tensor:
     """Return the units that win, bool ``[units]``: within every bound, and nothing that is left out would still fit.
 
-    The ``min_width`` best units of each family come first, then all others from the best ``score`` (float ``[units]``) down; one
-    that does not fit is skipped. ``bounds`` must not be below the cost of :func:`required_units`.
+    The ``min_width`` best units of each family come first, then all others from the best ``score`` (float
+    ``[units]``) down; one that does not fit is skipped. ``bounds`` must not be below the cost of
+    :func:`required_units`.
     """
     model = channels.cost_model
     score = score.double().where(channels.prunable, torch.inf)
@@ -289,8 +296,8 @@ def tighten(
 ) -> Tensor:
     """Return ``winning`` with single units exchanged until some bound is used to 99 %, where that is possible.
 
-    Matters for small networks only, where one unit costs more than what is left. Each exchange takes the worst open unit of
-    one family for the best closed unit of another, and is the one that fills the bounds best.
+    Matters for small networks only, where one unit costs more than what is left. Each exchange takes the worst open
+    unit of one family for the best closed unit of another, and is the one that fills the bounds best.
     """
     model = channels.cost_model
 

@@ -1,9 +1,9 @@
 """Budgets, and the one formula of cost.
 
 A layer's multiply-accumulates are ``area * kernel * inputs * outputs`` and a weight's entries are ``inputs * outputs *
-kernel``: both are products of two channel counts. With ``z`` in [0, 1] per unit, each count is ``fixed + sum of z`` over the
-units it is made of, so every cost is one **bilinear** form of ``z``. The same few lines give exact integers (binary ``z``),
-gradients, and what a single unit costs while the others stay as they are.
+kernel``: both are products of two channel counts. With ``z`` in [0, 1] per unit, each count is ``fixed + sum of z``
+over the units it is made of, so every cost is one **bilinear** form of ``z``. The same few lines give exact integers
+(binary ``z``), gradients, and what a single unit costs while the others stay as they are.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class BudgetError(ValueError):
 class Budget:
     """Upper bounds on the cost of the tailored network; at least one must be given.
 
-    Each bound is a fraction of the dense network's cost (a float in (0, 1], or a string such as ``"40%"``) or an absolute
-    number (an int, or a string such as ``"60M"``). ``macs`` counts multiply-accumulates of convolutions and linear layers for
-    one sample, which is what pruning papers print as FLOPs; ``flops`` is 2 x macs, which is what
+    Each bound is a fraction of the dense network's cost (a float in (0, 1], or a string such as ``"40%"``) or an
+    absolute number (an int, or a string such as ``"60M"``). ``macs`` counts multiply-accumulates of convolutions and
+    linear layers for one sample, which is what pruning papers print as FLOPs; ``flops`` is 2 x macs, which is what
     ``torch.utils.flop_counter`` counts; ``params`` counts the entries of all parameters.
 
     Example:
@@ -69,8 +69,8 @@ class Budget:
     def resolve(self, dense: Mapping[str, int]) -> dict[str, int]:
         """Return the bounds as absolute integers, ``{"macs": int, "params": int}`` with only the budgeted keys.
 
-        ``dense`` is the cost of the dense network. Fractions are rounded down, so that a network within the returned bound
-        is within the fraction. ``flops`` becomes a bound on macs (the stricter one if both are given).
+        ``dense`` is the cost of the dense network. Fractions are rounded down, so that a network within the returned
+        bound is within the fraction. ``flops`` becomes a bound on macs (the stricter one if both are given).
         """
         bounds: dict[str, int] = {}
         for key, cost, unit in (("macs", "macs", 1), ("flops", "macs", 2), ("params", "params", 1)):
@@ -117,9 +117,9 @@ def _parse(key: str, value: float | int | str) -> float | int:
 class CostModel:
     """Costs as bilinear forms of the gates: ``sum_t scale_t * count_left(t) * count_right(t)``.
 
-    ``count_f = fixed[f] + sum over entries (f, unit, times) of times * z[unit]`` are the channel counts; several layers share
-    one. ``terms[cost] = (scale, left, right)`` with one entry per term. All float64: sums of integers stay exact up to 2**53.
-    Build it with :class:`CostBuilder`.
+    ``count_f = fixed[f] + sum over entries (f, unit, times) of times * z[unit]`` are the channel counts; several
+    layers share one. ``terms[cost] = (scale, left, right)`` with one entry per term. All float64: sums of integers
+    stay exact up to 2**53. Build it with :class:`CostBuilder`.
     """
 
     units: int
@@ -148,8 +148,8 @@ class CostModel:
     def marginal(self, z: Tensor) -> dict[str, Tensor]:
         """Return, per cost, what each unit costs while the others stay at ``z``: cost(unit open) - cost(unit closed).
 
-        float64 ``[units]``. From the gradient of the bilinear form: ``gradient - (2 z - 1) * cross``, where ``cross`` collects
-        the terms in which a unit stands on both sides (its gradient counts those twice).
+        float64 ``[units]``. From the gradient of the bilinear form: ``gradient - (2 z - 1) * cross``, where
+        ``cross`` collects the terms in which a unit stands on both sides (its gradient counts those twice).
         """
         n = self.counts(z)
         z = z.to(n.dtype)
@@ -182,7 +182,7 @@ class CostBuilder:
         self._terms: dict[str, list[tuple[float, int, int]]] = {name: [] for name in COSTS}
 
     def add(self, cost: str, scale: float, left: Tensor | None = None, right: Tensor | None = None) -> None:
-        """Add ``scale * count(left) * count(right)``; each side lists a dimension's units (int64, -1 fixed), None counts 1."""
+        """Add ``scale * count(left) * count(right)``; a side lists units (int64, -1: fixed), None counts 1."""
         self._terms[cost].append((float(scale), self._count(left), self._count(right)))
 
     def _count(self, units: Tensor | None) -> int:

@@ -1,8 +1,8 @@
 """Gates: one number in [0, 1] per unit, multiplied into parameters rather than activations, so that they cost nothing.
 
-A gate scales the affine parameters of every batch norm that carries its unit, and weight and bias of every convolution or
-linear layer whose raw output goes anywhere but into a batch norm. A closed gate makes its channels exactly zero wherever
-they are used, so removing them changes nothing.
+A gate scales the affine parameters of every batch norm that carries its unit, and weight and bias of every
+convolution or linear layer whose raw output goes anywhere but into a batch norm. A closed gate makes its channels
+exactly zero wherever they are used, so removing them changes nothing.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ def gated_parameters(model: nn.Module, sites: Sequence[GateSite], z: Tensor) -> 
             parameters[site.weight] = gate.to(like.dtype)
             parameters[site.bias] = torch.zeros_like(parameters[site.weight])
             continue
-        weight = model.get_parameter(site.weight)
+        # A weight with two sites (used plainly and transposed) is gated along both dimensions.
+        weight = parameters.get(site.weight, model.get_parameter(site.weight))
         shape = [1] * weight.ndim
         shape[site.dim] = -1
         parameters[site.weight] = weight * gate.to(weight.dtype).view(shape)
-        if site.bias is not None:
+        if site.bias is not None and site.bias not in parameters:
             bias = model.get_parameter(site.bias)
             parameters[site.bias] = bias * gate.to(bias.dtype)
     return parameters
@@ -62,7 +63,7 @@ class Gated(nn.Module):
 
 
 def close(model: nn.Module, channels: Channels, open_units: Tensor) -> Gated:
-    """Return the model with the gates of all but ``open_units`` (bool ``[units]``) at zero; it shares the model's tensors."""
+    """Return the model with all gates but those of ``open_units`` (bool ``[units]``) at zero; tensors are shared."""
     gated = Gated(model, channels)
     gated.gate.data.copy_(channels.check(open_units))
     gated.training = model.training

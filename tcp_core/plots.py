@@ -94,14 +94,14 @@ def cost_figure(trajectory: pd.DataFrame, *, budget, dense, epochs: float | None
 
     `trajectory` is the run's data frame, `budget` what was asked for (a `Budget` or its dict) and
     `dense` the dense network's costs, {"macs": int, "params": int}; costs are drawn in percent of
-    those. The axis ends at `epochs`, the run's length, if given. The shaded phase lasts from the
-    first change of the schedule to the last change of schedule or cost.
+    those. Gates close in the shaded phase, from the first re-ranking to the last; the axis ends at
+    `epochs`, the run's length, if given.
     """
     require("trajectory", trajectory, TRAJECTORY)
     bounds = Budget.of(budget).resolve(dense)
     epoch = trajectory["epoch"].to_numpy(float)
-    end = epoch[-1] if epochs is None else epochs
-    start, stop = _phase(trajectory)
+    start, stop = epoch[0], epoch[-1]
+    end = stop if epochs is None else epochs
     with style():
         fig, (top, bottom) = plt.subplots(2, 1, figsize=(8.4, 5.4), sharex=True, height_ratios=(2.5, 1))
         for axes in (top, bottom):
@@ -117,11 +117,11 @@ def cost_figure(trajectory: pd.DataFrame, *, budget, dense, epochs: float | None
                 text = f"{cost} {percent[-1]:.2f} %\nbudget {bound:.4g} %"
             else:
                 text = f"{cost} {percent[-1]:.2f} %\nno budget"
-            # after the last re-ranking the kept set is fixed, and so is its cost
-            at, percent = np.append(epoch, end), np.append(percent, percent[-1])
+            labels.append((percent[-1], text, color))
+            # before the phase the network is dense, after it the kept set and its cost are fixed
+            at, percent = np.r_[0, epoch, end], np.r_[100, percent, percent[-1]]
             look = {"lw": 1.9} if cost in bounds else {"lw": 1.3, "alpha": 0.5}
             top.plot(at, percent, color=color, drawstyle="steps-post", zorder=3, **look)
-            labels.append((percent[-1], text, color))
         _label_right(top, labels, gap=14)
         _legend(top, {"cost now": "-", "schedule": "--", "budget": DOTS})
         top.set(ylim=(0, 105), xlim=(0, end), ylabel="cost, % of dense")
@@ -207,14 +207,6 @@ def accuracy_figure(
         axes.set(xlabel="epoch", ylabel="accuracy, %")
         axes.set_title("Accuracy after each epoch")
         return _finished(fig)
-
-
-def _phase(trajectory):
-    """Return the first and the last epoch between which schedule or cost changes."""
-    epoch = trajectory["epoch"].to_numpy(float)
-    moving = trajectory[["macs", "params", "macs_schedule", "params_schedule"]]
-    rows = np.flatnonzero((moving.diff().fillna(0) != 0).any(axis=1))
-    return (epoch[rows[0] - 1], epoch[rows[-1]]) if len(rows) else (epoch[0], epoch[-1])
 
 
 def _label_right(axes, labels, *, gap):

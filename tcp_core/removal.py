@@ -32,7 +32,8 @@ def remove(
         open_units: bool ``[units]``; the units that stay.
         optimizer: if given, its parameters are replaced by the smaller network's and its state (momentum, moments) is
             indexed along, so that training goes on without a jump.
-        verify: compare the outputs of the gated and the smaller network on the traced example before anything else changes.
+        verify: compare the outputs of the gated and the smaller network on the traced example before anything else
+            changes.
 
     Raises:
         ValueError: if a frozen unit would go, a layer would be empty, or ``model`` is not the one that was traced.
@@ -64,9 +65,11 @@ def take(tensor: Tensor, kept: tuple[Tensor | None, ...]) -> Tensor:
 
 
 def resized(model: nn.Module, index: Callable[[str, Tensor], Tensor]) -> tuple[nn.Module, dict[int, Tensor]]:
-    """Return a copy of ``model`` whose parameters and buffers are ``index(qualified name, tensor)``, and the new ones by old id.
+    """Return a copy of ``model`` whose parameters and buffers are ``index(qualified name, tensor)``, and the new
+    ones by old id.
 
-    The sizes that torch's own modules keep beside their tensors are set. Shared tensors stay shared; gradients go along.
+    The sizes that torch's own modules keep beside their tensors are set. Shared tensors stay shared; gradients go
+    along.
     """
     new: dict[int, Tensor] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -124,7 +127,7 @@ def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def compare(model: nn.Module, small: nn.Module, channels: Channels, open_units: Tensor) -> None:
-    """Raise RemovalError unless gated ``model`` and ``small`` agree on the traced example (in eval mode, full precision)."""
+    """Raise RemovalError unless gated ``model`` and ``small`` agree on the traced example, in eval mode."""
     args, kwargs = to_model(channels.example, model)
     training = {module: module.training for net in (model, small) for module in net.modules()}
     gated = close(model, channels, open_units)
@@ -138,7 +141,8 @@ def compare(model: nn.Module, small: nn.Module, channels: Channels, open_units: 
                 found = small(*args, **kwargs)
             except Exception as error:
                 raise RemovalError(
-                    f"the smaller network raised {type(error).__name__}: {error}. A size is probably fixed in the model's "
+                    f"the smaller network raised {type(error).__name__}: {error}. A size is probably fixed in the "
+                    f"model's "
                     f"code; name the module in ignore=..."
                 ) from error
     finally:
@@ -153,7 +157,8 @@ def compare(model: nn.Module, small: nn.Module, channels: Channels, open_units: 
         # Rounding differs with the order of summation; a wrongly removed channel moves outputs by far more than this.
         if not error <= torch.finfo(a.dtype).eps ** 0.5:
             raise RemovalError(
-                f"gated and smaller network differ by {error:.2g} of the largest output; this is a defect in the trace: please "
+                f"gated and smaller network differ by {error:.2g} of the largest output; this is a defect in the "
+                f"trace: please "
                 f"report it with the model. Until then, name the modules concerned in ignore=..."
             )
 

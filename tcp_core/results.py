@@ -130,7 +130,7 @@ def environment(device: str | torch.device | None = None) -> dict:
 
     Keys: `versions` (python, tcp_core, torch, torchvision, numpy), `device` (name of the
     processor), `threads` (of torch on the CPU), `git_commit` and `git_dirty` (whether code differs
-    from that commit; both None outside a git checkout), `started` (local time, ISO 8601).
+    from that commit; both None outside a git checkout), `started` (UTC, ISO 8601).
     Without `device`, the GPU is meant if there is one.
     """
     packages = ("tcp_core", "torch", "torchvision", "numpy")
@@ -139,7 +139,7 @@ def environment(device: str | torch.device | None = None) -> dict:
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
         **_git_state(),
-        "started": datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -64,7 +63,8 @@ def load(dense_model: nn.Module, path: str | Path) -> nn.Module:
     for name, shape in shapes.items():
         if len(shape) != len(dense[name]) or any(a > b for a, b in zip(shape, dense[name], strict=True)):
             raise FileError(
-                f"{where}: {name!r} is {shape} in the file and {dense[name]} in the dense network. Build the network that was "
+                f"{where}: {name!r} is {shape} in the file and {dense[name]} in the dense network. Build the network "
+                f"that was "
                 f"saved, with the same options."
             )
 
@@ -97,10 +97,11 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise FileError(
-            f"{path} is not a whole safetensors file ({error}). It is truncated or another format, such as a pickle from "
+            f"{path} is not a whole safetensors file ({error}). It is truncated or another format, such as a pickle "
+            f"from "
             f"torch.save, which is never read here; save the network again with tcp_core.save."
         ) from error
     if KEY not in metadata:

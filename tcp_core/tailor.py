@@ -81,8 +81,8 @@ class Tailor(Gated):
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Move the gates; call it after each ``backward()`` (once per optimiser step if gradients are accumulated).
 
-        With ``optimizer``, the network is made physically smaller as soon as its set is frozen, the optimiser's state carried
-        along, and the rest of the run is faster. Without, it is made smaller by :meth:`finish`.
+        With ``optimizer``, the network is made physically smaller as soon as its set is frozen, the optimiser's
+        state carried along, and the rest of the run is faster. Without, it is made smaller by :meth:`finish`.
 
         Raises:
             RuntimeError: if no backward pass went through the Tailor since the last step.
@@ -111,8 +111,10 @@ class Tailor(Gated):
         if not self.frozen:
             controller = self.controller
             raise RuntimeError(
-                f"finish() before the set is frozen: {controller.step_count} of {controller.steps} steps were taken and it is frozen "
-                f"at about step {controller.end}. Train on, or construct the Tailor with the number of steps you really take."
+                f"finish() before the set is frozen: {controller.step_count} of {controller.steps} steps were taken "
+                f"and it is frozen "
+                f"at about step {controller.end}. Train on, or construct the Tailor with the number of steps you "
+                f"really take."
             )
         if not self.shrunk:
             self._shrink(optimizer)
@@ -127,7 +129,7 @@ class Tailor(Gated):
         self.shrunk = True
 
     def report(self) -> Report:
-        """Return requested, current, floor and dense cost per budget, utilisation, strength and widths, as a printable dict."""
+        """Return requested, current, floor and dense cost, utilisation, strength and widths, as a dict that prints."""
         controller = self.controller
         current = self.channels.cost(self.open_units)
         return Report(
@@ -175,11 +177,14 @@ def _check_trainable(model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     if half := [name for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]:
         raise ValueError(
-            f"parameter {half[0]!r} is {parameters[half[0]].dtype}: gates move by small steps that half precision rounds away. "
+            f"parameter {half[0]!r} is {parameters[half[0]].dtype}: gates move by small steps that half precision "
+            f"rounds away. "
             f"Keep the model in float32 and run it under torch.autocast."
         )
     if not any(p.requires_grad for p in parameters.values()):
         raise ValueError(
-            "all parameters of the model are frozen (requires_grad is False), so nothing could recover from pruning; set "
-            "requires_grad_(True) on what is to be trained. Single frozen parameters are fine: they are cut, not trained."
+            "all parameters of the model are frozen (requires_grad is False), so nothing could recover from pruning; "
+            "set "
+            "requires_grad_(True) on what is to be trained. Single frozen parameters are fine: they are cut, not "
+            "trained."
         )

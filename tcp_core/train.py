@@ -67,8 +67,8 @@ def fit(
 ) -> FitResult:
     """Train ``model`` in one run that ends in a network of exactly the budget.
 
-    SGD with Nesterov momentum; the learning rate rises over the share ``warmup`` of the run and then follows a cosine to 0.
-    As soon as the set of units is final, the network is made physically smaller and the same run goes on.
+    SGD with Nesterov momentum; the learning rate rises over the share ``warmup`` of the run and then follows a
+    cosine to 0. As soon as the set of units is final, the network is made physically smaller and the same run goes on.
 
     Args:
         model: the dense network, trained or not; it is trained in place until it is made smaller.
@@ -125,7 +125,8 @@ def fit(
             if not loss.isfinite():
                 raise FloatingPointError(
                     f"the loss is {loss.item()} at step {step} (epoch {epoch}); this step was not taken. Lower lr (now "
-                    f"{schedule.get_last_lr()[0]:.3g}), lengthen warmup, or check the images for values that are not finite."
+                    f"{schedule.get_last_lr()[0]:.3g}), lengthen warmup, or check the images for values that are not "
+                    f"finite."
                 )
             optimizer.zero_grad()
             loss.backward()
@@ -197,7 +198,7 @@ def evaluate(
 
 
 def warmup_cosine(step: int, steps: int, warmup: float) -> float:
-    """Return the factor of the learning rate at ``step``: linear over the share ``warmup`` of ``steps``, then a cosine to 0."""
+    """Return the learning rate's factor at ``step``: linear over the share ``warmup`` of ``steps``, then a cosine."""
     rising = warmup * steps
     if step < rising:
         return (step + 1) / (rising + 1)

@@ -1,0 +1,176 @@
+"""Finding the units of a network: run it once and carry, beside every activation, which channel each element is.
+
+:mod:`.codes` says what is carried, :mod:`.identities` carries it, :mod:`.layers`, :mod:`.movement` and
+:mod:`.arithmetic` say what operators do to it, :mod:`.units` turns it into :class:`~tcp_core.Channels`. Whatever is
+not understood freezes the channels that enter it: never wrong, at worst less prunable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..channels import Channels, Family
+from ..removal import RemovalError, remove, to_model
+from . import layers, movement
+from .arithmetic import is_pointwise, pointwise
+from .identities import Identities, Rule
+from .units import Units
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("convolution", "_convolution"), layers.convolution),
+    **dict.fromkeys(("addmm", "mm", "linear"), layers.linear),
+    **dict.fromkeys(("clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "dropout"), movement.same),
+    **dict.fromkeys(("empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like"), movement.like),
+    **dict.fromkeys(("bernoulli", "native_dropout"), movement.like),
+    **dict.fromkeys(("permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "flip", "repeat"), movement.move),
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), movement.move),
+    **dict.fromkeys(("slice", "select", "index", "index_select", "roll", "unbind", "split_with_sizes"), movement.pick),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), movement.view),
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), movement.shuffle),
+    **dict.fromkeys(("cat", "stack"), movement.cat),
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm"), movement.reduce),
+    "split": movement.split,
+    "constant_pad_nd": movement.pad,
+    "copy": movement.copy,
+}
+
+
+def rule_of(func: Any, name: str) -> Rule:
+    """Return the rule for an operator; ``Identities.unknown`` where there is none."""
+    bare = name if name.startswith("_") else name.rstrip("_")  # relu_ is relu, in place
+    if bare in RULES:
+        return RULES[bare]
+    if "batch_norm" in name:
+        return layers.batch_norm
+    if bare in ("max", "min") and func._overloadname == "dim":
+        return movement.reduce
+    if movement.spatial_dims(bare):
+        return movement.in_space
+    return pointwise if is_pointwise(func, bare) else Identities.unknown
+
+
+def trace(model: nn.Module, example_input: Any, *, ignore: Iterable[str] | str = ()) -> Channels:
+    """Return which channels of ``model`` live and die together.
+
+    The model runs in train mode on two samples and in eval mode on one, and is left exactly as it was found: modes,
+    buffers, ``requires_grad``, hooks and the random state.
+
+    Args:
+        model: any module whose forward takes tensors. Operators that are not understood freeze the units that enter
+            them and are listed in ``.unknown``.
+        example_input: a tensor with the batch in dimension 0, a tuple of positional inputs, or a dict of keyword
+            inputs.
+        ignore: names or glob patterns of modules whose output channels must all stay, for example ``["layer1.*",
+            "fc"]``.
+
+    Raises:
+        ValueError: if the model raises on the example, the example is on another device, or a pattern matches no
+            module.
+    """
+    example = _samples(model, example_input, 1)
+    ignored = _matching_modules(model, [ignore] if isinstance(ignore, str) else list(ignore))
+    ids = Identities(model, rule_of)
+    with _left_as_found(model):
+        ids.run("train", *_samples(model, example_input, 2))  # batch norm wants two values a channel
+        ids.run("eval", *example)  # counts macs: of one sample, also where work does not grow with the batch
+    units = Units(ids)
+    channels = units.channels(ignored, example)
+    if failed := _not_removable(model, channels, channels.families):
+        for family in failed:
+            ids.freeze(units.labels(family.units), "size computed in Python", ", ".join(family.layers[:3]))
+        channels = Units(ids).channels(ignored, example)
+        if _not_removable(model, channels, channels.families):  # no family alone is at fault: leave all of them
+            ids.freeze(torch.arange(ids.labels), "size computed in Python", "")
+            channels = Units(ids).channels(ignored, example)
+    return channels
+
+
+def _not_removable(model: nn.Module, channels: Channels, families: Sequence[Family]) -> list[Family]:
+    """Try it out: return the families of which a unit cannot be removed after all.
+
+    Sizes that a forward writes out (``x.view(-1, 64)``) or computes from a shape (``x * x.size(1) ** -0.5``) leave
+    no trace in the operators, so one unit of every family is removed and the outputs compared; only if that fails,
+    by halves.
+    """
+    open_units = torch.ones(channels.units, dtype=torch.bool)
+    for family in families:
+        if len(family.units) > 1:
+            open_units[family.units[channels.prunable[family.units]][:1]] = False
+    if open_units.all():
+        return []
+    try:
+        with _left_as_found(model):
+            remove(model, channels, open_units)
+        return []
+    except (RemovalError, ValueError):
+        if len(families) == 1:
+            return list(families)
+    half = len(families) // 2
+    return _not_removable(model, channels, families[:half]) + _not_removable(model, channels, families[half:])
+
+
+@contextlib.contextmanager
+def _left_as_found(model: nn.Module):
+    """Restore modes, buffers and random state; keep attention on the path that training takes."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _samples(model: nn.Module, example: Any, count: int) -> tuple[tuple, dict]:
+    """Return the example as (args, kwargs) with ``count`` samples, in the model's precision."""
+    args, kwargs = ((), dict(example)) if isinstance(example, dict) else (example, {})
+    args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not tensors or tensors[0].ndim == 0 or not tensors[0].shape[0]:
+        raise ValueError(
+            f"example_input must be a tensor with the batch in dimension 0, a tuple of positional inputs or a dict "
+            f"of keyword "
+            f"inputs; got {type(example).__name__}. For images: torch.randn(2, 3, 224, 224)."
+        )
+    devices = {p.device for p in model.parameters()} | {x.device for x in tensors}
+    if len(devices) > 1:
+        raise ValueError(
+            f"model and example input are on different devices: {sorted(map(str, devices))}; move both to one, for "
+            f"example "
+            f"example_input.to(next(model.parameters()).device)."
+        )
+    batch = tensors[0].shape[0]
+
+    def take(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != batch:
+            return leaf
+        return torch.cat([leaf] * math.ceil(count / batch))[:count].detach().clone()
+
+    return to_model(pytree.tree_map(take, (args, kwargs)), model)
+
+
+def _matching_modules(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+    names = [name for name, _ in model.named_modules() if name]
+    matched = set()
+    for pattern in patterns:
+        found = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+        if not found:
+            raise ValueError(f"ignore={pattern!r} matches no module; names look like {names[:6]}.")
+        matched |= found | {name for name in names for parent in found if name.startswith(f"{parent}.")}
+    return matched

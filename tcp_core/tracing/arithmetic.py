@@ -1,0 +1,82 @@
+"""The rule for element-wise operators: labels are tied; whether zero stays zero is found by evaluating at zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .codes import labels_in, varies
+from .identities import Call, Identities
+
+NOT_TAGGED = {"hardswish", "mish", "threshold", "_prelu_kernel"}
+"""Element-wise operators that torch 2.14 does not tag as such."""
+
+
+def is_pointwise(func: Any, name: str) -> bool:
+    """Say whether an operator is element-wise, by torch's own tag."""
+    return torch.Tag.pointwise in func.tags or name in NOT_TAGGED
+
+
+def pointwise(ids: Identities, call: Call) -> None:
+    """Tie the operands element by element; a constant that cannot shrink freezes the channels it meets."""
+    tensors, out = call.tensors, call.out
+    codes = [ids.of(tensor) for tensor in tensors]
+    if all(code is None for code in codes):
+        return
+    if not isinstance(out, Tensor):
+        return ids.unknown(call)
+    shapes = [(1,) * (out.ndim - tensor.ndim) + tuple(tensor.shape) for tensor in tensors]
+    codes = [None if c is None else c.reshape(shape) for c, shape in zip(codes, shapes, strict=True)]
+    varying = [dim for dim in range(out.ndim) if any(c is not None and varies(c, dim) for c in codes)]
+    sizes = [size if dim in varying else 1 for dim, size in enumerate(out.shape)]
+    at = tuple(slice(None) if dim in varying else slice(0, 1) for dim in range(out.ndim))
+    pattern = torch.zeros((), dtype=torch.int64)  # one bit an operand: may be non-zero though its channel is closed
+    views: list[Tensor] = []
+    for bit, (code, shape) in enumerate(zip(codes, shapes, strict=True)):
+        if code is not None and any(shape[dim] == 1 < out.shape[dim] for dim in varying):
+            # One value for all channels of the others: if it is a channel itself, it must stay.
+            ids.freeze(labels_in(code), call.name)
+            code = None
+        if code is not None:
+            small = code[at].expand(sizes)
+            pattern = pattern | (small & 1) << bit
+            views.append(small >> 1)
+            continue
+        pattern = pattern | 1 << bit
+        if any(shape[dim] > 1 for dim in varying):
+            views.append(torch.zeros(sizes, dtype=torch.int64))
+    label = torch.zeros((), dtype=torch.int64)
+    for each in views:
+        label = torch.maximum(label, each)
+    for each in views:
+        ids.tie_positions(each, label)
+    unsafe = torch.zeros_like(pattern)
+    for value in pattern.unique().tolist():
+        unsafe = torch.where(pattern == value, int(not keeps_zero(call, value)), unsafe)
+    result = (label << 1 | unsafe).expand(out.shape)
+    if out is tensors[0] and call.name.endswith("_"):
+        ids.change(out, result, call.name)
+    else:
+        ids.set(out, result)
+
+
+def keeps_zero(call: Call, pattern: int) -> bool:
+    """Say whether the result is zero where the operands without a bit in ``pattern`` are, whatever the others hold."""
+    generator = torch.Generator().manual_seed(0)
+    bits = iter(range(len(call.tensors)))
+
+    def stand_in(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        values = torch.randn(16, generator=generator, dtype=torch.float64) * 3
+        values = values if pattern >> next(bits) & 1 else torch.zeros_like(values)
+        return (values > 0 if leaf.dtype == torch.bool else values).to(leaf.dtype)
+
+    try:
+        args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
+        return not call.func(*args, **kwargs).any()
+    except Exception:  # an operator that dislikes the stand-ins counts as not keeping zero
+        return False

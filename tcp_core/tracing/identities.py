@@ -1,0 +1,286 @@
+"""Running a model once while every activation carries, beside it, the identity of each element's channel.
+
+The mechanism is that of torch's own flop counter, a ``TorchDispatchMode``: after each operator a rule gives its
+outputs their codes (see :mod:`.codes`). Ties between labels, frozen labels and what is known about parameters
+accumulate here over runs in train and eval mode; :mod:`.units` makes units of them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .codes import compact, labels_in, varies
+
+LARGE = 1 << 20
+"""A parameter with more entries than this is not followed entry by entry."""
+
+
+class Call(NamedTuple):
+    """One operator that ran."""
+
+    func: Any
+    name: str
+    args: tuple
+    kwargs: dict
+    out: Any
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """Return an argument, wherever it was given."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """Every tensor among the results."""
+        return [leaf for leaf in pytree.tree_leaves(self.out) if isinstance(leaf, Tensor)]
+
+
+Rule = Callable[["Identities", Call], None]
+
+
+@dataclass
+class Gate:
+    """Where a gate acts, in labels: a batch norm's weight, or a layer's along its output dimension."""
+
+    bias: str | None
+    labels: Tensor
+    constant: bool = False
+
+
+class Identities(TorchDispatchMode):
+    """Codes beside activations; ties, frozen labels and parameters' labels gathered on the way.
+
+    Attributes:
+        labels: number of labels handed out; label 0 means no channel.
+        ties: label pairs, int64 ``[n, 2]`` each.
+        frozen, outputs, producers: labels that must stay; that leave the model; that layers or padding made.
+        blame: (operator, module, labels it froze).
+        dims: labels along a dimension of a parameter or buffer, 0 where it is fixed.
+        entries: labels of every entry, for parameters that were used element by element.
+        fixed: parameters that must keep their shape.
+        norms, raw: gates of batch norms; of layers whose raw output is used, by weight and dimension.
+        layers: output dimension of each convolution or linear layer, by weight, in the order in which they ran.
+        calls: macs as (scale, labels of inputs, labels of outputs); constant_macs: those of activations with
+            activations.
+        pads: padding modules that add channels, with the place of the amounts and the labels before and after.
+    """
+
+    def __init__(self, model: nn.Module, rule_of: Callable[[Any, str], Rule]) -> None:
+        super().__init__()
+        self.model = model
+        self.rule_of = rule_of
+        self.labels = 1
+        self.ties: list[Tensor] = []
+        self.frozen: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.producers: list[Tensor] = []
+        self.blame: list[tuple[str, str, Tensor]] = []
+        self.dims: dict[tuple[str, int], Tensor] = {}
+        self.entries: dict[str, Tensor] = {}
+        self.fixed: set[str] = set()
+        self.norms: dict[str, Gate] = {}
+        self.raw: dict[tuple[str, int], Gate] = {}
+        self.layers: dict[str, int] = {}
+        self.calls: list[tuple[float, Tensor | None, Tensor | None]] = []
+        self.constant_macs = 0
+        self.pads: dict[str, tuple[int, Tensor, Tensor]] = {}
+
+    def run(self, mode: str, args: tuple, kwargs: dict) -> None:
+        """Run the model in ``mode`` ("train" or "eval"); only the eval run counts macs."""
+        self.counting = mode == "eval"
+        self.codes = WeakTensorKeyDictionary()
+        self.raw_outputs = WeakTensorKeyDictionary()  # a layer's output: (weight, dimension, gate)
+        self.transposed = WeakTensorKeyDictionary()  # two-dimensional views of a parameter: (name, whether transposed)
+        self.storages: dict[int, list[weakref.ref]] = {}
+        self.stack: list[nn.Module] = []
+        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.names = WeakTensorKeyDictionary()
+        for name, tensor in (*self.model.named_buffers(), *self.model.named_parameters()):
+            self.names[tensor] = name
+        self.modules = {module: name for name, module in self.model.named_modules()}
+        self.model.train(mode == "train")
+        for module in self.modules:
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()  # as an identity: what it drops has nothing to do with channels
+        hooks = (
+            nn.modules.module.register_module_forward_pre_hook(lambda module, _: self.stack.append(module)),
+            nn.modules.module.register_module_forward_hook(lambda *_: self.stack.pop() and None),
+        )
+        try:
+            with torch.no_grad(), self:
+                output = self.model(*args, **kwargs)
+        except Exception as error:
+            given = ", ".join(f"{x.dtype} of shape {tuple(x.shape)}" for x in inputs)
+            raise ValueError(
+                f"the model raised {type(error).__name__} in {mode} mode on the example input ({given}): {error}. "
+                f"Give an "
+                f"example that model(example_input) accepts in train and in eval mode: the right shape, dtype and "
+                f"device."
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for tensor in tensors_in(output):
+            self._consume(tensor)
+            if (codes := self.codes.get(tensor)) is not None:
+                self.outputs.append(labels_in(codes).unique())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        call = Call(func, func._schema.name.split("::")[-1], args, kwargs, out)
+        if call.name not in ("detach", "alias"):
+            normalised = args[0] if "batch_norm" in call.name else None
+            for tensor in call.tensors:
+                if tensor is not normalised:
+                    self._consume(tensor)
+        self.rule_of(func, call.name)(self, call)
+        return out
+
+    # What rules read and write
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The innermost module that is running."""
+        return self.stack[-1] if self.stack else None
+
+    @property
+    def here(self) -> str:
+        """Its name."""
+        return self.modules.get(self.module, type(self.module).__name__) if self.stack else ""
+
+    def of(self, tensor: Any) -> Tensor | None:
+        """Return a tensor's codes, or None if it holds no channels."""
+        if not isinstance(tensor, Tensor):
+            return None
+        codes = self.codes.get(tensor)
+        name = self.names.get(tensor) if codes is None else None
+        if name is None or tensor.numel() <= 1:
+            return codes
+        if tensor.numel() > LARGE:
+            self.fixed.add(name)
+            return None
+        if name not in self.entries:
+            self.entries[name] = self.fresh(tensor.numel()).view(tensor.shape)
+        return (self.entries[name] << 1) | 1  # non-zero, however closed the channel
+
+    def set(self, tensor: Tensor, codes: Tensor | None) -> None:
+        """Give a new activation its codes."""
+        if codes is None or tensor in self.names:
+            return
+        self.codes[tensor] = compact(codes)
+        if tensor.numel():
+            self.storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(weakref.ref(tensor))
+
+    def change(self, tensor: Tensor, codes: Tensor | None, operator: str) -> None:
+        """Give a tensor that was changed in place its new codes; what else looks at its memory is frozen."""
+        old = self.codes.get(tensor)
+        if codes is None or (old is not None and old.shape == codes.shape and torch.equal(old, codes)):
+            return
+        others = [reference() for reference in self.storages.get(tensor.untyped_storage().data_ptr(), ())]
+        seen = [self.codes[other] for other in others if other is not None and other is not tensor]
+        if seen or tensor._is_view():
+            for each in (*seen, codes):
+                self.freeze(labels_in(each), operator)
+        self.set(tensor, codes)
+
+    def fresh(self, count: int) -> Tensor:
+        """Return ``count`` new labels."""
+        self.labels += count
+        return torch.arange(self.labels - count, self.labels)
+
+    def tie(self, a: Tensor, b: Tensor) -> None:
+        """Tie label tensors entry by entry, with broadcasting; label 0 ties with nothing."""
+        pairs = torch.stack([each.reshape(-1) for each in torch.broadcast_tensors(a, b)], 1)
+        pairs = pairs[(pairs[:, 0] != pairs[:, 1]) & (pairs != 0).all(1)]
+        if len(pairs):
+            self.ties.append(pairs.unique(dim=0))
+
+    def tie_positions(self, a: Tensor, b: Tensor) -> None:
+        """Tie positions that must stay or go together; where one side is fixed, the other is frozen."""
+        a, b = torch.broadcast_tensors(a, b)
+        self.tie(a, b)
+        self.freeze(a[b == 0])
+        self.freeze(b[a == 0])
+
+    def freeze(self, labels: Tensor, operator: str = "", module: str | None = None) -> None:
+        """Freeze labels; with an operator, on account of it."""
+        labels = labels.unique()
+        labels = labels[labels > 0]
+        if len(labels):
+            self.frozen.append(labels)
+            if operator:
+                self.blame.append((operator, self.here if module is None else module, labels))
+
+    def register(self, name: str, dim: int, labels: Tensor) -> None:
+        """Let a parameter's dimension follow labels (0: fixed); the uses of one parameter are tied."""
+        if (known := self.dims.get((name, dim))) is not None:
+            self.tie_positions(known, labels)
+            labels = torch.maximum(known, labels)
+        self.dims[name, dim] = labels
+
+    def channelwise(self, tensor: Tensor, dim: int, operator: str) -> Tensor:
+        """Return one code per channel (int64 ``[tensor.shape[dim]]``); what differs within a channel is tied."""
+        size, codes = tensor.shape[dim], self.of(tensor)
+        if codes is None:
+            return torch.ones(size, dtype=torch.int64)
+        moved = codes.movedim(dim, 0)
+        if not any(varies(moved, d) for d in range(1, moved.ndim)):
+            return moved.reshape(size, -1)[:, 0]
+        if varies(moved, 1):
+            self.freeze(labels_in(codes), operator)  # channels along the batch
+        flat = moved.reshape(size, -1)
+        best = flat.amax(1)
+        self.tie(flat >> 1, (best >> 1)[:, None])
+        return (best & ~1) | (flat & 1).amax(1)
+
+    def unknown(self, call: Call) -> None:
+        """Freeze every channel that enters an operator, and keep every parameter in it whole."""
+        for tensor in call.tensors:
+            for name in (self.names.get(tensor), self.transposed.get(tensor, (None,))[0]):
+                if name is not None:
+                    self.fixed.add(name)
+            if (codes := self.codes.get(tensor)) is not None:
+                self.freeze(labels_in(codes), call.name)
+        packet = call.func._overloadpacket
+        if self.counting and packet in flop_registry:
+            # Products of activations, as in attention: their size does not change, so they are a fixed cost.
+            self.constant_macs += flop_registry[packet](*call.args, **call.kwargs, out_val=call.out) // 2
+
+    def _consume(self, tensor: Tensor) -> None:
+        """A layer's raw output is used by something other than a batch norm: the layer itself needs a gate."""
+        if (layer := self.raw_outputs.get(tensor)) is not None:
+            weight, dim, gate = layer
+            self.raw[weight, dim] = gate
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """Return the tensors of a model's output, whatever container holds them."""
+    found, seen = [], set()
+    queue = [output]
+    while queue:
+        item = queue.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif id(item) not in seen and not isinstance(item, (str, bytes, int, float, nn.Module, type(None))):
+            seen.add(id(item))
+            if isinstance(item, dict):
+                queue += item.values()
+            elif isinstance(item, (list, tuple, set)):
+                queue += item
+            queue += vars(item).values() if hasattr(item, "__dict__") else ()
+    return found

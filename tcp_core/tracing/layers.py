@@ -1,0 +1,120 @@
+"""Rules for layers: they read labels at their input and hand out labels at their output."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .codes import along, labels_in, varies
+from .identities import Call, Gate, Identities
+
+
+def convolution(ids: Identities, call: Call) -> None:
+    """Read dimension 1, write dimension 1; grouped: whole groups are tied, input and output together."""
+    x, weight, bias = call.args[:3]
+    transposed, groups = call.args[6], call.args[8]
+    name = ids.names.get(weight)
+    if name is None or not isinstance(weight, nn.Parameter) or (transposed and groups > 1):
+        return ids.unknown(call)
+    inputs = _inputs(ids, ids.channelwise(x, 1, call.name))
+    out_dim = 1 if transposed else 0
+    positions = math.prod((x if transposed else call.out).shape[2:]) * x.shape[0]
+    scale = positions * math.prod(weight.shape[2:])
+    if groups == 1:
+        ids.register(name, 1 - out_dim, inputs)
+        outputs = _outputs(ids, name, out_dim, weight)
+        _count(ids, scale, inputs, outputs)
+    else:
+        outputs = _outputs(ids, name, out_dim, weight)
+        if not isinstance(ids.module, nn.modules.conv._ConvNd) or ids.module._parameters.get("weight") is not weight:
+            # The number of groups is written in the call, so it cannot follow.
+            ids.freeze(torch.cat([inputs, outputs]), call.name)
+        by_group = torch.cat([inputs.view(groups, -1), outputs.view(groups, -1)], 1)
+        ids.tie(by_group, by_group.amax(1, keepdim=True))
+        ids.freeze(by_group[(by_group == 0).any(1)])
+        _count(ids, scale * x.shape[1] // groups, None, outputs)
+    _finish(ids, name, out_dim, outputs, bias, call.out, 1)
+
+
+def linear(ids: Identities, call: Call) -> None:
+    """Read and write the last dimension of addmm, mm and linear."""
+    if call.name == "addmm":
+        bias, x, weight = call.args[:3]
+    else:
+        x, weight, bias = *call.args[:2], call.argument(2, "bias")
+    name, transposed = ids.transposed.get(weight, (ids.names.get(weight), call.name == "linear"))
+    if name is None or call.kwargs.get("beta", 1) != 1 or call.kwargs.get("alpha", 1) != 1:
+        return ids.unknown(call)
+    out_dim = 0 if transposed else 1
+    codes = ids.of(x)
+    if codes is not None and any(varies(codes, dim) for dim in range(codes.ndim - 1)):
+        ids.freeze(labels_in(codes), call.name)  # channels among the rows
+    inputs = _inputs(ids, ids.channelwise(x, x.ndim - 1, call.name))
+    ids.register(name, 1 - out_dim, inputs)
+    outputs = _outputs(ids, name, out_dim, ids.model.get_parameter(name))
+    _count(ids, call.out.numel() // call.out.shape[-1], inputs, outputs)
+    _finish(ids, name, out_dim, outputs, bias, call.out, call.out.ndim - 1)
+
+
+def batch_norm(ids: Identities, call: Call) -> None:
+    """Pass labels on; a gate on weight and bias makes a closed channel zero whatever came in."""
+    x, result = call.args[0], call.outputs[0]
+    weight, bias = call.args[1:3] if call.args[1] is None or isinstance(call.args[1], Tensor) else (None, None)
+    if ids.of(x) is None and weight is None:
+        return
+    labels = ids.channelwise(x, 1, call.name) >> 1
+    for tensor in call.args[1:]:
+        if isinstance(tensor, Tensor):
+            if (name := ids.names.get(tensor)) is None:
+                ids.freeze(labels, call.name)
+            else:
+                ids.register(name, 0, labels)
+    gated = True
+    if isinstance(weight, nn.Parameter) and weight in ids.names:
+        ids.norms[ids.names[weight]] = Gate(None if bias is None else ids.names.get(bias), labels)
+    elif weight is None and isinstance(ids.module, nn.modules.batchnorm._BatchNorm) and ids.module in ids.modules:
+        prefix = f"{ids.here}." if ids.here else ""
+        ids.norms[f"{prefix}weight"] = Gate(f"{prefix}bias", labels, constant=True)
+    else:
+        gated = False  # running statistics may then move zero
+        ids._consume(x)
+    ids.set(result, along(labels, result, 1, unsafe=int(not gated)))
+
+
+def _inputs(ids: Identities, codes: Tensor) -> Tensor:
+    ids.freeze((codes >> 1)[(codes & 1) == 1])  # a closed channel that is not zero would be missed
+    return codes >> 1
+
+
+def _outputs(ids: Identities, name: str, dim: int, weight: Tensor) -> Tensor:
+    """Return the labels along a weight's output dimension, the same at every use of the weight."""
+    size = weight.shape[dim]
+    labels = ids.dims.get((name, dim))
+    if labels is None:
+        labels = ids.dims[name, dim] = ids.fresh(size)
+    elif (labels == 0).any():  # also used where some of its channels are fixed
+        ids.freeze(labels)
+        labels = torch.where(labels == 0, ids.fresh(size), labels)
+        ids.freeze(labels)
+    ids.producers.append(labels)
+    return labels
+
+
+def _finish(
+    ids: Identities, name: str, out_dim: int, outputs: Tensor, bias: Tensor | None, out: Tensor, dim: int
+) -> None:
+    ids.layers.setdefault(name, out_dim)
+    bias_name = None if bias is None else ids.names.get(bias)
+    if bias_name is not None:
+        ids.register(bias_name, 0, outputs)
+    elif bias is not None:
+        ids.freeze(outputs, "bias")  # computed, so it can neither be gated nor cut
+    ids.set(out, along(outputs, out, dim))
+    ids.raw_outputs[out] = (name, out_dim, Gate(bias_name, outputs))
+
+
+def _count(ids: Identities, scale: float, inputs: Tensor | None, outputs: Tensor) -> None:
+    if ids.counting:
+        ids.calls.append((scale, inputs, outputs))

@@ -1,0 +1,151 @@
+"""From labels to units: tied labels become one unit, and what is known about parameters becomes :class:`Channels`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from ..channels import Channels, Family, GateSite, Layer, Padding
+from ..cost import CostBuilder, CostModel
+from ..removal import tensor_shapes
+from .identities import Identities
+
+
+class Units:
+    """The units of the labels gathered so far."""
+
+    def __init__(self, ids: Identities) -> None:
+        self.ids = ids
+        ties = torch.cat(ids.ties) if ids.ties else torch.zeros((0, 2), dtype=torch.int64)
+        a, b = ties.T.numpy()
+        graph = coo_array((torch.ones(len(ties)).numpy(), (a, b)), shape=(ids.labels, ids.labels))
+        self.component = torch.from_numpy(connected_components(graph, directed=False)[1]).long()
+        frozen = self._mask(ids.frozen)
+        slots = self._entry_slots(frozen)
+        for (name, _), labels in ids.dims.items():
+            if name in ids.fixed:
+                frozen[self.component[labels]] = True
+        outputs = self._mask(ids.outputs)
+        read = self._mask([ids.dims[w, 1 - dim] for w, dim in ids.layers.items() if (w, 1 - dim) in ids.dims])
+        # Channels that only leave the model, such as a classifier's, are fixed and no units.
+        is_unit = self._mask(ids.producers) & ~(outputs & ~read)
+        self.index = torch.where(is_unit, is_unit.cumsum(0) - 1, -1)
+        self.frozen = (frozen | outputs)[is_unit]
+        for (name, dim), labels in ids.dims.items():
+            slots.setdefault(name, [None] * _tensor(ids, name).ndim)[dim] = labels
+        self.slots = {name: tuple(None if x is None else self.of(x) for x in dims) for name, dims in slots.items()}
+        self.slots = {n: d for n, d in self.slots.items() if any(u is not None and (u >= 0).any() for u in d)}
+
+    def of(self, labels: Tensor) -> Tensor:
+        """Return the unit of each label, -1 for none."""
+        return self.index[self.component[labels]]
+
+    def labels(self, units: Tensor) -> Tensor:
+        """Return every label of these units."""
+        return torch.isin(self.of(torch.arange(self.ids.labels)), units).nonzero().flatten()
+
+    def channels(self, ignored: set[str], example: tuple[tuple, dict]) -> Channels:
+        """Return the units as the value that everything else works with."""
+        ids = self.ids
+        cost_model = self._cost_model()
+        layers = tuple(Layer(w.rpartition(".")[0], w, self.of(ids.dims[w, dim])) for w, dim in ids.layers.items())
+        prunable = ~self.frozen & ~_sole(cost_model)
+        kept = [layer.out_units for layer in layers if layer.name in ignored]
+        kept += [self.of(gate.labels) for w, gate in ids.norms.items() if w.rpartition(".")[0] in ignored]
+        for units in kept:
+            prunable[units[units >= 0]] = False
+        is_unit = self.index >= 0
+        unknown = {(op, module): None for op, module, labels in ids.blame if is_unit[self.component[labels]].any()}
+        return Channels(
+            units=len(self.frozen),
+            families=_families(cost_model, self.slots, layers),
+            frozen=self.frozen,
+            prunable=prunable,
+            unknown=tuple(unknown),
+            slots=self.slots,
+            layers=layers,
+            sites=self._sites(),
+            paddings=tuple(Padding(m, at, self.of(front), self.of(back)) for m, (at, front, back) in ids.pads.items()),
+            shapes=tensor_shapes(ids.model),
+            cost_model=cost_model,
+            example=example,
+        )
+
+    def _mask(self, labels: Sequence[Tensor]) -> Tensor:
+        mask = torch.zeros(int(self.component.max()) + 1, dtype=torch.bool)
+        if labels:
+            mask[self.component[torch.cat([each.reshape(-1) for each in labels])]] = True
+        mask[self.component[0]] = False
+        return mask
+
+    def _entry_slots(self, frozen: Tensor) -> dict[str, list[Tensor | None]]:
+        """Return labels by dimension for parameters used element by element; freeze what no dimension describes."""
+        slots: dict[str, list[Tensor | None]] = {}
+        registered = {name for name, _ in self.ids.dims}
+        for name, labels in self.ids.entries.items():
+            components = self.component[labels]
+            dims = [d for d in range(labels.ndim) if (components != components.narrow(d, 0, 1)).any()]
+            if len(dims) > 1 or name in self.ids.fixed or name in registered:
+                frozen[components.reshape(-1)] = True
+                self.ids.fixed.add(name)
+                continue
+            dim = dims[0] if dims else max(range(labels.ndim), key=lambda d: labels.shape[d])
+            at = tuple(slice(None) if d == dim else 0 for d in range(labels.ndim))
+            slots[name] = [labels[at] if d == dim else None for d in range(labels.ndim)]
+        return slots
+
+    def _sites(self) -> tuple[GateSite, ...]:
+        norms = [
+            GateSite(w, gate.bias, self.of(gate.labels), constant=gate.constant) for w, gate in self.ids.norms.items()
+        ]
+        raw = [GateSite(w, gate.bias, self.of(gate.labels), dim) for (w, dim), gate in self.ids.raw.items()]
+        return tuple(site for site in norms + raw if (site.units >= 0).any())
+
+    def _cost_model(self) -> CostModel:
+        builder = CostBuilder(len(self.frozen))
+        for scale, *sides in self.ids.calls:
+            builder.add("macs", scale, *(None if labels is None else self.of(labels) for labels in sides))
+        builder.add("macs", self.ids.constant_macs)
+        for name, parameter in self.ids.model.named_parameters():
+            dims = self.slots.get(name, (None,) * parameter.ndim)
+            fixed = math.prod(size for size, units in zip(parameter.shape, dims, strict=True) if units is None)
+            builder.add("params", fixed, *(units for units in dims if units is not None))
+        return builder.build()
+
+
+def _tensor(ids: Identities, name: str) -> Tensor:
+    module, _, key = name.rpartition(".")
+    return getattr(ids.model.get_submodule(module), key)
+
+
+def _sole(model: CostModel) -> Tensor:
+    """Return the units that are all that some channel count consists of, bool ``[units]``."""
+    totals = model.counts(torch.ones(model.units))
+    sole = torch.zeros(model.units, dtype=torch.bool)
+    sole[model.columns[model.times >= totals[model.rows]]] = True
+    return sole
+
+
+def _families(model: CostModel, slots: dict, layers: Sequence[Layer]) -> tuple[Family, ...]:
+    """Group units that stand in the same channel counts equally often (compared by two random sums over the counts)."""
+    if not model.units:
+        return ()
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(1 << 24, (len(model.fixed), 2), generator=generator).double()
+    sums = torch.zeros(model.units, 2, dtype=torch.float64)
+    sums.index_add_(0, model.columns, model.times[:, None] * keys[model.rows])
+    family = sums.unique(dim=0, return_inverse=True)[1]
+    members: dict[int, dict[str, None]] = {}
+    for layer in layers:
+        for units in slots.get(layer.weight, ()):
+            if units is not None:
+                for index in family[units[units >= 0]].unique().tolist():
+                    members.setdefault(index, {})[layer.name] = None
+    parts = family.argsort(stable=True).split(family.bincount().tolist())
+    found = [Family(units, tuple(members.get(index, ()))) for index, units in enumerate(parts)]
+    return tuple(sorted(found, key=lambda each: int(each.units[0])))
