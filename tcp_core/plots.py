@@ -1,4 +1,4 @@
-"""The figures of a run, drawn from its data frames alone.
+"""The figures of a run, drawn from its data frames alone, and a picture of a small network's units.
 
 Colours are Okabe and Ito's, told apart by colour-blind readers, and mean the same in every figure:
 macs blue, params vermilion, the dense network grey, the tailored one green.
@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
+from tcp_core.channels import Channels
 from tcp_core.cost import Budget
 from tcp_core.results import HISTORY, TRAJECTORY, WIDTHS, require
 
@@ -130,6 +132,7 @@ def cost_figure(trajectory: pd.DataFrame, *, budget, dense, epochs: float | None
         strength = trajectory["strength"].to_numpy(float)
         bottom.plot(epoch, strength, color=COLORS["strength"], drawstyle="steps-post")
         bottom.set(xlabel="epoch", ylabel="strength", ylim=(0, 1.35 * np.nanmax(strength) or 1))
+        bottom.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
         bottom.set_title("How hard losing gates are pushed")
         axis = bottom.get_xaxis_transform()
         bottom.text((start + stop) / 2, 0.95, "gates close", transform=axis, ha="center", va="top")
@@ -173,13 +176,15 @@ def accuracy_figure(
     history: pd.DataFrame,
     dense_history: pd.DataFrame | None = None,
     frozen_epoch: float | None = None,
+    name: str = "tailored",
 ) -> Figure:
     """Draw training and validation accuracy after each epoch, in percent.
 
     `history` and the optional `dense_history`, of the dense network trained by the same recipe,
-    are data frames of runs; `frozen_epoch` marks where the set of kept channels was fixed.
+    are data frames of runs; `frozen_epoch` marks where the set of kept channels was fixed. `name` is
+    "dense" if `history` is a dense run's.
     """
-    runs = {"tailored": history} | ({} if dense_history is None else {"dense": dense_history})
+    runs = {name: history} | ({} if dense_history is None else {"dense": dense_history})
     with style():
         fig, axes = plt.subplots(figsize=(8.4, 4.4))
         labels = []
@@ -203,9 +208,46 @@ def accuracy_figure(
                 "kept set fixed", (frozen_epoch, 0.04), (5, 0), xycoords=axes.get_xaxis_transform(),
                 textcoords="offset points", fontsize=9,
             )  # fmt: skip
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
         axes.set(xlabel="epoch", ylabel="accuracy, %")
         axes.set_title("Accuracy after each epoch")
+        return _finished(fig)
+
+
+def units_figure(channels: Channels, open_units: Tensor | None = None) -> Figure:
+    """Draw the channels of every weight of a small network as squares: same number, same unit.
+
+    One row for each dimension of each weight with units; colours are families. With `open_units`
+    (bool [units]), channels of closed units are drawn empty.
+    """
+    family_of = {int(unit): index for index, family in enumerate(channels.families) for unit in family.units}
+    rows = [
+        (f"{name}  {'outputs' if dim == 0 else 'inputs'}" if len(dims) > 1 else name, units.tolist())
+        for name, dims in channels.slots.items()
+        if name.endswith("weight")
+        for dim, units in enumerate(dims)
+        if units is not None
+    ]
+    with style():
+        palette = mpl.rcParams["axes.prop_cycle"].by_key()["color"]
+        longest = max(len(units) for _, units in rows)
+        fig, axes = plt.subplots(figsize=(0.42 * longest + 3.2, 0.36 * len(rows) + 0.8))
+        for row, (_, units) in enumerate(rows):
+            for column, unit in enumerate(units):
+                color = "#EEEEEE" if unit < 0 else palette[family_of[unit] % len(palette)]
+                closed = unit >= 0 and open_units is not None and not open_units[unit]
+                box = plt.Rectangle(
+                    (column, -row), 0.9, 0.86, facecolor="white" if closed else color, edgecolor=color, alpha=0.9
+                )
+                axes.add_patch(box)
+                text, shade = ("", color) if unit < 0 else (str(unit), color if closed else "white")
+                axes.text(column + 0.45, 0.42 - row, text, ha="center", va="center", color=shade, fontsize=9)
+        axes.set_yticks([0.42 - row for row in range(len(rows))], [label for label, _ in rows])
+        axes.set(xlim=(-0.2, longest), ylim=(1 - len(rows) - 0.2, 1.1), xticks=[])
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        axes.set_title("Channels of each weight; a number is a unit, a colour a family")
         return _finished(fig)
 
 

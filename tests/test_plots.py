@@ -77,14 +77,6 @@ def test_cost_is_in_percent_of_dense_with_its_budget():
     assert "params 70.00 %\nbudget 80 %" in text
 
 
-def test_phase_is_where_schedule_or_cost_moves():
-    frame = trajectory(15)  # moves in the rows 3 to 12
-    start, stop = plots._phase(frame)
-    assert (start, stop) == (frame["epoch"][2], frame["epoch"][12])
-    still = frame.assign(macs=1, params=1, macs_schedule=np.nan)
-    assert plots._phase(still) == (frame["epoch"][0], frame["epoch"][14])
-
-
 @pytest.mark.parametrize("layers", [1, 7, 8, 56, 300])
 def test_names_of_layers_do_not_touch(layers):
     fig = plots.widths_figure(widths(layers))

@@ -12,12 +12,12 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The core, in reading order: each file imports only files that stand before it.
+# The core, in reading order: each part, a file or a folder, imports only parts that stand before it.
 CORE = ("cost", "channels", "gates", "removal", "tracing", "controller", "tailor")
 
 
-def imported(tree):
-    """Return the modules of tcp_core that a file imports, wherever in the file it does so.
+def imported(tree, package="tcp_core"):
+    """Return the parts of tcp_core that a file of `package` imports, wherever in the file it does.
 
     `tcp_core` stands for the package itself, whose `__init__` imports everything.
     """
@@ -27,40 +27,47 @@ def imported(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, ["tcp_core" if node.level else "", node.module]))
-            if module == "tcp_core":  # from tcp_core import x: a module, or a name of __init__
-                names = [f"tcp_core.{alias.name}" for alias in node.names]
-            else:
-                names = [module]
+            above = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            # from tcp_core import x: a part, or a name of __init__
+            whole = module == "tcp_core"
+            names = [f"{module}.{alias.name}" for alias in node.names] if whole else [module]
         for name in names:
-            package, _, rest = name.partition(".")
-            if package == "tcp_core":
-                found.add(rest.partition(".")[0] or "tcp_core")
+            first, *rest = name.split(".")
+            if first == "tcp_core":
+                found.add(rest[0] if rest else "tcp_core")
     return found
 
 
 @pytest.mark.parametrize("name", CORE)
-def test_core_files_import_only_what_stands_before_them(name):
-    path = ROOT / "tcp_core" / f"{name}.py"
-    assert path.exists(), f"the core file {path.name} is missing"
-    wrong = imported(ast.parse(path.read_text())) - set(CORE[: CORE.index(name)])
-    assert not wrong, f"{path.name} imports {sorted(wrong)}, which do not stand before it in {CORE}"
+def test_core_imports_only_what_stands_before_it(name):
+    folder = ROOT / "tcp_core" / name
+    files = sorted(folder.glob("*.py")) or [folder.with_suffix(".py")]
+    package, own = (f"tcp_core.{name}", {name}) if folder.is_dir() else ("tcp_core", set())
+    for path in files:
+        assert path.exists(), f"the core file {path.name} is missing"
+        wrong = imported(ast.parse(path.read_text()), package) - own - set(CORE[: CORE.index(name)])
+        assert not wrong, f"{name}: {path.name} imports {sorted(wrong)}, not before it in {CORE}"
 
 
 @pytest.mark.parametrize(
-    ("line", "modules"),
+    ("line", "package", "parts"),
     [
-        ("import torch, tcp_core", {"tcp_core"}),
-        ("import tcp_core.cost as c", {"cost"}),
-        ("from tcp_core import fit, cost", {"fit", "cost"}),
-        ("from .cost import Budget", {"cost"}),
-        ("from . import cost", {"cost"}),
-        ("def late():\n    from tcp_core.plots import style", {"plots"}),
-        ("from torch import nn", set()),
+        ("import torch, tcp_core", "tcp_core", {"tcp_core"}),
+        ("import tcp_core.cost as c", "tcp_core", {"cost"}),
+        ("from tcp_core import fit, cost", "tcp_core", {"fit", "cost"}),
+        ("from .cost import Budget", "tcp_core", {"cost"}),
+        ("from . import cost", "tcp_core", {"cost"}),
+        ("def late():\n    from tcp_core.plots import style", "tcp_core", {"plots"}),
+        ("from torch import nn", "tcp_core", set()),
+        ("from . import units", "tcp_core.tracing", {"tracing"}),
+        ("from .units import Units", "tcp_core.tracing", {"tracing"}),
+        ("from .. import plots", "tcp_core.tracing", {"plots"}),
+        ("from ..plots import style", "tcp_core.tracing", {"plots"}),
     ],
 )
-def test_every_kind_of_import_is_seen(line, modules):
-    assert imported(ast.parse(line)) == modules
+def test_every_kind_of_import_is_seen(line, package, parts):
+    assert imported(ast.parse(line), package) == parts
 
 
 def test_conda_users_get_the_versions_of_pyproject():

@@ -118,7 +118,7 @@ class Identities(TorchDispatchMode):
                 module.eval()  # as an identity: what it drops has nothing to do with channels
         hooks = (
             nn.modules.module.register_module_forward_pre_hook(lambda module, _: self.stack.append(module)),
-            nn.modules.module.register_module_forward_hook(lambda *_: self.stack.pop() and None),
+            nn.modules.module.register_module_forward_hook(lambda *_: self._leave()),
         )
         try:
             with torch.no_grad(), self:
@@ -138,6 +138,9 @@ class Identities(TorchDispatchMode):
             self._consume(tensor)
             if (codes := self.codes.get(tensor)) is not None:
                 self.outputs.append(labels_in(codes).unique())
+
+    def _leave(self) -> None:  # returns None: a hook's result would replace the module's output
+        self.stack.pop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
