@@ -12,6 +12,7 @@ After every backward pass it reads the gates' gradients and moves the gates; the
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .channels import Channels
-from .cost import Budget, BudgetError
+from .cost import Budget, BudgetError, CostModel
 
 MIN_PHASE_STEPS = 12
 """A shorter pruning phase has no room for gates that close by themselves."""
@@ -84,7 +85,7 @@ class Controller:
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
         self.returned = 0
         self.trajectory: list[dict[str, float]] = []
-        self._reported = 0
+        self.reported = 0
 
     def _check(self, channels: Channels, steps: int, phase, lookahead: float, min_width: int) -> None:
         if not channels.prunable.any():
@@ -123,12 +124,13 @@ class Controller:
         if self.frozen:
             return
         finite = gradient.isfinite().all()
-        square = gradient.float().square()
-        square = square / square.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        tiny = torch.finfo(torch.float32).tiny
+        square = (gradient / gradient.abs().max().clamp(min=tiny)).float().square()  # scaled first: squares overflow
+        square = square / square.sum().clamp(min=tiny)
         decay = 1 - 1 / self.lookahead
         mean = decay * self.importance + (1 - decay) * square
         self.importance = torch.where(finite, mean, self.importance)
-        self.refused += ~finite
+        self.refused = self.refused + ~finite
         if self.step_count >= self.start and (self.step_count - self.start) % self.interval == 0:
             self._rank()
         if self.step_count >= self.start:
@@ -214,38 +216,29 @@ class Controller:
         )
 
     def _warn_refused(self) -> None:
-        if (refused := int(self.refused)) > self._reported:
+        if (refused := int(self.refused)) > self.reported:
             warnings.warn(
-                f"{refused - self._reported} step(s) had gradients that are not finite and were refused: importance "
+                f"{refused - self.reported} step(s) had gradients that are not finite and were refused: importance "
                 f"and gates did "
                 f"not change. With loss scaling a few are normal; otherwise lower the learning rate.",
                 RuntimeWarning,
                 stacklevel=4,
             )
-            self._reported = refused
+            self.reported = refused
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that changes during a run, as tensors and plain values."""
-        return {name: getattr(self, name) for name in _STATE}
+        """Return a copy of all that changes during a run, as tensors and plain values."""
+        return copy.deepcopy({name: getattr(self, name) for name in _STATE})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
-        for name in _STATE:
-            setattr(self, name, state[name])
+        for name, value in copy.deepcopy({name: state[name] for name in _STATE}).items():
+            setattr(self, name, value)
 
 
 _STATE = (
-    "step_count",
-    "weights",
-    "importance",
-    "gate",
-    "losing",
-    "strength",
-    "final",
-    "frozen",
-    "refused",
-    "returned",
-    "trajectory",
+    *("step_count", "weights", "importance", "gate", "losing", "strength", "final", "frozen", "refused", "reported"),
+    *("returned", "trajectory"),
 )
 
 
@@ -293,7 +286,12 @@ def fill(channels: Channels, score: Tensor, bounds: Mapping[str, float], min_wid
         low, high = (middle, high) if fits(winning) else (low, middle - 1)
     winning = torch.zeros_like(first)
     winning[order[:low]] = True
-    rest = order[low:]
+    return _top_up(model, winning, order[low:], bounds)
+
+
+def _top_up(model: CostModel, winning: Tensor, rest: Tensor, bounds: Mapping[str, float]) -> Tensor:
+    """Return ``winning`` with the first of ``rest`` (unit indices, best first) that still fits added, and so on."""
+    winning = winning.clone()
     while len(rest):
         cost, extra = model.exact(winning), model.marginal(winning)
         room = torch.ones(len(rest), dtype=torch.bool)
@@ -347,5 +345,6 @@ def tighten(
                 best = candidate
         if best is winning:
             break
-        winning = best
+        rest = (~best).nonzero().flatten()  # a unit costs less once a neighbour in its layer has left
+        winning = _top_up(model, best, rest[score[rest].argsort(descending=True, stable=True)], bounds)
     return winning

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 import torch
 from scipy.sparse import csr_array
@@ -100,12 +101,13 @@ def _parse(key: str, value: float | int | str) -> float | int:
         digits, suffix = match.groups()
         if suffix == "%":
             number = float(digits) / 100
-        elif suffix or float(digits) > 1:
+        elif suffix or digits.isdecimal():
             number = round(float(digits) * _SUFFIX[suffix.lower()])
         else:
             number = float(digits)
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or number != number:
+    if isinstance(number, bool) or not isinstance(number, Real) or number != number:
         raise BudgetError(f"budget {key} is not a number: {how}")
+    number = int(number) if isinstance(number, Integral) else float(number)  # numpy's, too
     if number <= 0:
         raise BudgetError(f"budget {key} must be positive: {how}")
     if isinstance(number, float) and number > 1:

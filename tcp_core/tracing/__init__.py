@@ -42,6 +42,8 @@ RULES: dict[str, Rule] = {
     "copy": movement.copy,
 }
 
+COMPUTED = "size computed in Python"
+
 
 def rule_of(func: Any, name: str) -> Rule:
     """Return the rule for an operator; ``Identities.unknown`` where there is none."""
@@ -81,29 +83,43 @@ def trace(model: nn.Module, example_input: Any, *, ignore: Iterable[str] | str =
     with _left_as_found(model):
         ids.run("train", *_samples(model, example_input, 2))  # batch norm wants two values a channel
         ids.run("eval", *example)  # counts macs: of one sample, also where work does not grow with the batch
-    units = Units(ids)
-    channels = units.channels(ignored, example)
-    if failed := _not_removable(model, channels, channels.families):
+    for _ in range(3):
+        units = Units(ids)
+        channels = units.channels(ignored, example)
+        if not (failed := _not_removable(model, channels)):
+            return channels
         for family in failed:
-            ids.freeze(units.labels(family.units), "size computed in Python", ", ".join(family.layers[:3]))
-        channels = Units(ids).channels(ignored, example)
-        if _not_removable(model, channels, channels.families):  # no family alone is at fault: leave all of them
-            ids.freeze(torch.arange(ids.labels), "size computed in Python", "")
-            channels = Units(ids).channels(ignored, example)
-    return channels
+            ids.freeze(units.labels(family.units), COMPUTED, ", ".join(family.layers[:3]))
+    ids.freeze(torch.arange(ids.labels), COMPUTED, "")  # no single family is at fault: leave all of them
+    return Units(ids).channels(ignored, example)
 
 
-def _not_removable(model: nn.Module, channels: Channels, families: Sequence[Family]) -> list[Family]:
-    """Try it out: return the families of which a unit cannot be removed after all.
+def _not_removable(model: nn.Module, channels: Channels) -> list[Family]:
+    """Try it out: return the families from which units cannot be removed after all.
 
-    Sizes that a forward writes out (``x.view(-1, 64)``) or computes from a shape (``x * x.size(1) ** -0.5``) leave
-    no trace in the operators, so one unit of every family is removed and the outputs compared; only if that fails,
-    by halves.
+    Sizes that a forward writes out (``x.view(-1, 64)``) or computes from a shape (``x * x.size(1) ** -0.5``) leave no
+    trace in the operators, so units of all families are removed and outputs compared; only if that fails, by halves.
+    Numbers of units are random, and drawn twice, so that a size taken from another family's width is seen.
     """
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        closed = []
+        for family in channels.families:
+            removable = family.units[channels.prunable[family.units]]
+            most = min(len(removable), len(family.units) - 1, max(1, len(family.units) // 2))
+            closed.append(
+                removable[: int(torch.randint(most, (), generator=generator)) + 1] if most > 0 else removable[:0]
+            )
+        if failed := _failing(model, channels, closed, range(len(closed))):
+            return [channels.families[index] for index in failed]
+    return []
+
+
+def _failing(model: nn.Module, channels: Channels, closed: Sequence[Tensor], indices: Sequence[int]) -> list[int]:
+    """Return which families at ``indices`` cannot lose their ``closed`` units; all if no single one is at fault."""
     open_units = torch.ones(channels.units, dtype=torch.bool)
-    for family in families:
-        if len(family.units) > 1:
-            open_units[family.units[channels.prunable[family.units]][:1]] = False
+    for index in indices:
+        open_units[closed[index]] = False
     if open_units.all():
         return []
     try:
@@ -111,10 +127,9 @@ def _not_removable(model: nn.Module, channels: Channels, families: Sequence[Fami
             remove(model, channels, open_units)
         return []
     except (RemovalError, ValueError):
-        if len(families) == 1:
-            return list(families)
-    half = len(families) // 2
-    return _not_removable(model, channels, families[:half]) + _not_removable(model, channels, families[half:])
+        half = len(indices) // 2
+        parts = (indices[:half], indices[half:]) if half else ()
+        return [index for part in parts for index in _failing(model, channels, closed, part)] or list(indices)
 
 
 @contextlib.contextmanager

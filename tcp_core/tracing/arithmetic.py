@@ -54,8 +54,13 @@ def pointwise(ids: Identities, call: Call) -> None:
     for each in views:
         ids.tie_positions(each, label)
     unsafe = torch.zeros_like(pattern)
+    parameters = {1 << bit: name for bit, tensor in enumerate(tensors) if (name := ids.parameter(tensor)) is not None}
     for value in pattern.unique().tolist():
-        unsafe = torch.where(pattern == value, int(not keeps_zero(call, value)), unsafe)
+        safe = keeps_zero(call, value)
+        if not safe and parameters and keeps_zero(call, value & ~sum(parameters)):
+            ids.added.update(parameters.values())  # such as a bias: with a gate of its own, it is zero where it must be
+            safe = True
+        unsafe = torch.where(pattern == value, int(not safe), unsafe)
     result = (label << 1 | unsafe).expand(out.shape)
     if out is tensors[0] and call.name.endswith("_"):
         ids.change(out, result, call.name)

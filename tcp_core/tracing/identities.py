@@ -71,6 +71,7 @@ class Identities(TorchDispatchMode):
         blame: (operator, module, labels it froze).
         dims: labels along a dimension of a parameter or buffer, 0 where it is fixed.
         entries: labels of every entry, for parameters that were used element by element.
+        added: such parameters that need a gate, because a closed channel would not be zero without.
         fixed: parameters that must keep their shape.
         norms, raw: gates of batch norms; of layers whose raw output is used, by weight and dimension.
         layers: output dimension of each convolution or linear layer, by weight, in the order in which they ran.
@@ -91,6 +92,7 @@ class Identities(TorchDispatchMode):
         self.blame: list[tuple[str, str, Tensor]] = []
         self.dims: dict[tuple[str, int], Tensor] = {}
         self.entries: dict[str, Tensor] = {}
+        self.added: set[str] = set()
         self.fixed: set[str] = set()
         self.norms: dict[str, Gate] = {}
         self.raw: dict[tuple[str, int], Gate] = {}
@@ -105,6 +107,7 @@ class Identities(TorchDispatchMode):
         self.codes = WeakTensorKeyDictionary()
         self.raw_outputs = WeakTensorKeyDictionary()  # a layer's output: (weight, dimension, gate)
         self.transposed = WeakTensorKeyDictionary()  # two-dimensional views of a parameter: (name, whether transposed)
+        self.moved = WeakTensorKeyDictionary()  # a parameter's entries, moved: its name
         self.storages: dict[int, list[weakref.ref]] = {}
         self.stack: list[nn.Module] = []
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -180,6 +183,12 @@ class Identities(TorchDispatchMode):
         if name not in self.entries:
             self.entries[name] = self.fresh(tensor.numel()).view(tensor.shape)
         return (self.entries[name] << 1) | 1  # non-zero, however closed the channel
+
+    def parameter(self, tensor: Tensor) -> str | None:
+        """Return the name of the parameter that a tensor is, or whose entries it holds."""
+        return (
+            self.names[tensor] if isinstance(tensor, nn.Parameter) and tensor in self.names else self.moved.get(tensor)
+        )
 
     def set(self, tensor: Tensor, codes: Tensor | None) -> None:
         """Give a new activation its codes."""

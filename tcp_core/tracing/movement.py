@@ -58,7 +58,7 @@ def move(ids: Identities, call: Call) -> None:
         return ids.unknown(call)
     moved = pytree.tree_leaves(call.func(codes, *call.args[1:], **call.kwargs))
     for result, each in zip(call.outputs, moved, strict=True):
-        ids.set(result, each)
+        _set_moved(ids, tensor, result, each)
 
 
 def pick(ids: Identities, call: Call) -> None:
@@ -90,7 +90,13 @@ def view(ids: Identities, call: Call) -> None:
             if len(ins) > 1:
                 return ids.unknown(call)
             result = _tied_parts(ids, result, outs[:-1])
-    ids.set(call.out, result)
+    _set_moved(ids, call.args[0], call.out, result)
+
+
+def _set_moved(ids: Identities, source: Tensor, result: Tensor, codes: Tensor) -> None:
+    ids.set(result, codes)
+    if (name := ids.parameter(source)) is not None:
+        ids.moved[result] = name
 
 
 def shuffle(ids: Identities, call: Call) -> None:

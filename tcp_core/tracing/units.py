@@ -104,7 +104,13 @@ class Units:
             GateSite(w, gate.bias, self.of(gate.labels), constant=gate.constant) for w, gate in self.ids.norms.items()
         ]
         raw = [GateSite(w, gate.bias, self.of(gate.labels), dim) for (w, dim), gate in self.ids.raw.items()]
-        return tuple(site for site in norms + raw if (site.units >= 0).any())
+        added = [
+            GateSite(name, None, units, dim)
+            for name in self.ids.added
+            for dim, units in enumerate(self.slots.get(name, ()))
+            if units is not None
+        ]
+        return tuple(site for site in norms + raw + added if (site.units >= 0).any())
 
     def _cost_model(self) -> CostModel:
         builder = CostBuilder(len(self.frozen))
