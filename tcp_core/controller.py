@@ -72,8 +72,9 @@ class Controller:
         self._check(channels, steps, phase, lookahead, min_width)
         self.steps = steps
         self.start, self.end = (round(share * steps) for share in phase)
-        self.lookahead = max(1, round(lookahead * (self.end - self.start)))
-        self.interval = max(1, (self.end - self.start) // 100)
+        length = self.end - self.start
+        self.lookahead = min(max(1, round(lookahead * length)), length - 1)
+        self.interval = max(1, length // 100)
         self.base_strength = 1.001 / self.lookahead  # closes a gate within the look-ahead, rounding included
         self.strength = self.base_strength
         self.step_count = 0
@@ -155,7 +156,6 @@ class Controller:
         self._warn_refused()
         still_open = (self.gate > 0).cpu()
         hard = self.cost_model.exact(still_open)
-        self._adapt(hard)
         if not self.final:
             ahead = self.step_count + self.lookahead
             targets = self.schedule(ahead)
@@ -172,7 +172,7 @@ class Controller:
             if ahead >= self.end:
                 # From here on every losing gate has just the time it needs to close by itself.
                 self.final = True
-                self._adapt(hard)
+        self._adapt(hard)
         self._record(hard)
 
     def _adapt(self, hard: Mapping[str, int]) -> None:
