@@ -101,7 +101,7 @@ def _parse(key: str, value: float | int | str) -> float | int:
         digits, suffix = match.groups()
         if suffix == "%":
             number = float(digits) / 100
-        elif suffix or digits.isdecimal():
+        elif suffix or ("." not in digits and float(digits).is_integer()):
             number = round(float(digits) * _SUFFIX[suffix.lower()])
         else:
             number = float(digits)
