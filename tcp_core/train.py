@@ -86,7 +86,7 @@ def fit(
 
     Raises:
         BudgetError, ValueError: before any training, see :class:`Tailor`.
-        FloatingPointError: if the loss is not finite; the model is as it was before that step.
+        FloatingPointError: if the loss is not finite; weights and running statistics are as before that step.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}; it must be one of {', '.join(PRECISIONS)}.")
@@ -106,48 +106,28 @@ def fit(
     network = model if tailor is None else tailor
     optimizer = torch.optim.SGD(_parameter_groups(model, weight_decay), lr=lr, momentum=momentum, nesterov=momentum > 0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup))
-    dtype = PRECISIONS[precision]
     history: list[dict] = []
     frozen_at = None
-    step = 0
     for epoch in range(epochs):
         started = time.perf_counter()
+        trained = {"loss": torch.zeros((), device=device), "right": torch.zeros((), device=device), "seen": 0}
         network.train()
-        loss_sum = torch.zeros((), device=device)
-        correct = torch.zeros((), device=device)
-        seen = 0
-        for x, y in batches(epoch):
-            x = channels_last(x)
-            with autocast(device, dtype):
-                logits = network(x)
-            logits = logits.float()
-            loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
-            if not loss.isfinite():
-                raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {step} (epoch {epoch}); this step was not taken. Lower lr (now "
-                    f"{schedule.get_last_lr()[0]:.3g}), lengthen warmup, or check the images for values that are not "
-                    f"finite."
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        for position, (x, y) in enumerate(batches(epoch)):
+            step = epoch * len(batches(0)) + position + 1
+            _train_step(network, optimizer, x, y, precision, label_smoothing, trained, step)
             schedule.step()
-            step += 1
             if tailor is not None:
                 tailor.step(optimizer)
                 if tailor.frozen and frozen_at is None:
                     frozen_at = step
-            loss_sum += loss.detach() * len(y)
-            correct += (logits.detach().argmax(1) == y).sum()
-            seen += len(y)
         seconds = time.perf_counter() - started
-        measured = evaluate(network, val, batch_size=512, precision=precision, device=device) if val is not None else {}
+        measured = evaluate(network, val, precision=precision, device=device) if val is not None else {}
         open_units = torch.ones(channels.units, dtype=torch.bool) if tailor is None else tailor.open_units
         row = {
             "epoch": epoch + 1,
             "lr": schedule.get_last_lr()[0],
-            "train_loss": float(loss_sum) / seen,
-            "train_accuracy": float(correct) / seen,
+            "train_loss": float(trained["loss"]) / trained["seen"],
+            "train_accuracy": float(trained["right"]) / trained["seen"],
             "val_loss": measured.get("loss", math.nan),
             "val_accuracy": measured.get("accuracy", math.nan),
             "seconds": seconds,
@@ -170,6 +150,37 @@ def fit(
     return FitResult(small, pd.DataFrame(history), trajectory, widths, report, frozen_at)
 
 
+def _train_step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    precision: str,
+    label_smoothing: float,
+    trained: dict,
+    step: int,
+) -> None:
+    """Take one step and add loss and hits to ``trained``; a loss that is not finite raises, and nothing has changed."""
+    statistics = [(buffer, buffer.clone()) for buffer in network.buffers() if buffer.is_floating_point()]
+    with autocast(x.device, PRECISIONS[precision]):
+        logits = network(channels_last(x))
+    logits = logits.float()
+    loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+    if not loss.isfinite():
+        for buffer, value in statistics:  # the forward pass has put what is not finite into them
+            buffer.copy_(value)
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at step {step}; this step was not taken. Lower lr (now "
+            f"{optimizer.param_groups[0]['lr']:.3g}), lengthen warmup, or check the images for values that are not finite."
+        )
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    trained["loss"] += loss.detach() * len(y)
+    trained["right"] += (logits.detach().argmax(1) == y).sum()
+    trained["seen"] += len(y)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -183,18 +194,20 @@ def evaluate(
     device = torch.device(device) if device is not None else next(model.parameters()).device
     training = {module: module.training for module in model.modules()}
     model.eval()
-    loss, correct, seen = 0.0, 0, 0
-    for x, y in _epochs(images, batch_size, "none", None, device)(0):
-        with autocast(device, PRECISIONS[precision]):
-            logits = model(channels_last(x))
-        loss += float(F.cross_entropy(logits.float(), y, reduction="sum"))
-        correct += int((logits.argmax(1) == y).sum())
-        seen += len(y)
-    for module, mode in training.items():
-        module.training = mode
+    loss, right, seen = 0.0, 0, 0
+    try:
+        for x, y in _epochs(images, batch_size, "none", None, device)(0):
+            with autocast(device, PRECISIONS[precision]):
+                logits = model(channels_last(x))
+            loss += float(F.cross_entropy(logits.float(), y, reduction="sum"))
+            right += int((logits.argmax(1) == y).sum())
+            seen += len(y)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
     if not seen:
         raise ValueError("there are no images to evaluate on; give at least one batch.")
-    return {"loss": loss / seen, "accuracy": correct / seen}
+    return {"loss": loss / seen, "accuracy": right / seen}
 
 
 def warmup_cosine(step: int, steps: int, warmup: float) -> float:
