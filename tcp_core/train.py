@@ -171,7 +171,7 @@ def _train_step(
             buffer.copy_(value)
         raise FloatingPointError(
             f"the loss is {loss.item()} at step {step}; this step was not taken. Lower lr (now "
-            f"{optimizer.param_groups[0]['lr']:.3g}), lengthen warmup, or check the images for values that are not finite."
+            f"{optimizer.param_groups[0]['lr']:.3g}), lengthen warmup, or look for images whose values are not finite."
         )
     optimizer.zero_grad()
     loss.backward()
