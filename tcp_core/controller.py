@@ -95,17 +95,20 @@ class Controller:
                 f"{list(channels.unknown)[:5]}). Check ignore=... and that the network has hidden convolutions or "
                 f"linear layers."
             )
-        if not 0 <= phase[0] < phase[1] <= 1 or not 0 < lookahead < 1:
+        pair = isinstance(phase, (tuple, list)) and len(phase) == 2
+        if not pair or not 0 <= phase[0] < phase[1] <= 1 or not 0 < lookahead < 1:
             raise ValueError(
                 f"phase must be two rising shares of the run in [0, 1] and lookahead in (0, 1); got {phase}, "
                 f"{lookahead}."
             )
         needed = math.ceil(MIN_PHASE_STEPS / (phase[1] - phase[0]))
-        if not isinstance(steps, int) or steps < needed:
+        if not isinstance(steps, int):
+            raise ValueError(f"steps={steps!r}; it must be an int, the number of optimiser steps of the whole run.")
+        if steps < needed:
             raise ValueError(
-                f"steps={steps!r} is too short: the pruning phase is {phase[1] - phase[0]:.0%} of the run and needs "
-                f"{MIN_PHASE_STEPS} "
-                f"steps. Give the number of optimiser steps of the whole run, at least {needed}, or widen phase."
+                f"steps={steps} is too short: the pruning phase is {phase[1] - phase[0]:.0%} of the run and needs "
+                f"{MIN_PHASE_STEPS} steps. Give the number of optimiser steps of the whole run (epochs x batches), at "
+                f"least {needed}, or widen phase."
             )
         for name, bound in self.bounds.items():
             if bound < self.floor[name]:

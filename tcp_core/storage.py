@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .removal import resized
 
 KEY = "tailored_channel_pruning"
-_ATTRIBUTES = ("groups", "padding")  # what shapes alone do not tell
+VERSION = 1
 
 
 class FileError(ValueError):
@@ -25,19 +25,15 @@ class FileError(ValueError):
 def save(model: nn.Module, path: str | Path) -> Path:
     """Write a tailored (or dense) network to ``path``, a ``.safetensors`` file; return the path.
 
-    The file's metadata holds, as JSON, the shape of every tensor and the groups and channel padding of modules.
+    The file holds every parameter and buffer; its metadata holds, as JSON, the shape of each and the groups and channel
+    padding of modules.
     """
     path = Path(path)
-    tensors: dict[str, Tensor] = {}
-    seen: dict[int, str] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in model.state_dict() and id(tensor) not in seen:
-            seen[id(tensor)] = name
-            tensors[name] = tensor.detach().cpu().contiguous()
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _tensors(model).items()}
     spec = {
-        "version": 1,
+        "version": VERSION,
         "model": type(model).__name__,
-        "shapes": {name: list(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())},
+        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "attributes": {name: _attributes(module) for name, module in model.named_modules() if _attributes(module)},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,35 +48,35 @@ def load(dense_model: nn.Module, path: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        FileError: if it is truncated, a pickle, or of another network; the message names the first difference.
+        FileError: if it is truncated, a pickle, contradicts itself or is of another network; the message says which.
     """
     spec, tensors = _read(Path(path))
-    shapes = {name: tuple(shape) for name, shape in spec["shapes"].items()}
-    dense = {name: tuple(t.shape) for name, t in (*dense_model.named_parameters(), *dense_model.named_buffers())}
+    dense = _tensors(dense_model)
     where = f"{path} holds a {spec['model']} that does not fit this {type(dense_model).__name__}"
-    if differing := sorted(shapes.keys() ^ dense.keys()):
+    if differing := sorted(tensors.keys() ^ dense.keys()):
         raise FileError(f"{where}: only one of them has {differing[0]!r}. Build the network that was saved.")
-    for name, shape in shapes.items():
-        if len(shape) != len(dense[name]) or any(a > b for a, b in zip(shape, dense[name], strict=True)):
+    for name, tensor in dense.items():
+        shape, full = tuple(tensors[name].shape), tuple(tensor.shape)
+        if len(shape) != len(full) or any(a > b for a, b in zip(shape, full, strict=True)):
             raise FileError(
-                f"{where}: {name!r} is {shape} in the file and {dense[name]} in the dense network. Build the network "
-                f"that was "
+                f"{where}: {name!r} is {shape} in the file and {full} in the dense network. Build the network that was "
                 f"saved, with the same options."
             )
-
-    def value(name: str, tensor: Tensor) -> Tensor:
-        if name in tensors:
-            return tensors[name].to(tensor.device, tensor.dtype)
-        return tensor[tuple(slice(0, size) for size in shapes[name])]  # a buffer that is not saved with the model
-
-    small, _ = resized(dense_model, value)
+    small, _ = resized(dense_model, lambda name, tensor: tensors[name].to(tensor.device, tensor.dtype))
     modules = dict(small.named_modules())
     for name, attributes in spec["attributes"].items():
+        if name not in modules:
+            raise FileError(f"{where}: only the file has the module {name!r}. Build the network that was saved.")
         for key, saved in attributes.items():
             setattr(modules[name], key, tuple(saved) if isinstance(saved, list) else saved)
             if key == "groups":
                 modules[name].in_channels = modules[name].weight.shape[1] * saved
     return small
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer once, by the first name it goes by."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _attributes(module: nn.Module) -> dict:
@@ -106,4 +102,14 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         ) from error
     if KEY not in metadata:
         raise FileError(f"{path} was not written by tcp_core.save: it has weights but no widths.")
-    return json.loads(metadata[KEY]), tensors
+    try:
+        spec = json.loads(metadata[KEY])
+        version, shapes = spec["version"], {name: tuple(shape) for name, shape in spec["shapes"].items()}
+        whole = isinstance(spec["model"], str) and all(isinstance(each, dict) for each in spec["attributes"].values())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FileError(f"{path} has widths that cannot be read ({error!r}); save the network again.") from error
+    if version != VERSION:
+        raise FileError(f"{path} has format version {version!r}; this version reads {VERSION}. Update tcp_core.")
+    if not whole or shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+        raise FileError(f"{path} contradicts itself: its widths are not those of its weights; save the network again.")
+    return spec, tensors

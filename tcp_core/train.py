@@ -88,13 +88,16 @@ def fit(
         BudgetError, ValueError: before any training, see :class:`Tailor`.
         FloatingPointError: if the loss is not finite; weights and running statistics are as before that step.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r}; it must be one of {', '.join(PRECISIONS)}.")
+    _check_precision(precision)
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs={epochs!r}; it must be an int of at least 1.")
-    device = torch.device(device) if device is not None else next(model.parameters()).device
+    device = _device(model, device)
     model.to(device)
     batches = _epochs(train, batch_size, augment, seed, device)
+    if val is not None:
+        _epochs(val, batch_size, "none", None, device)  # refused now rather than after the first epoch
+    if not len(batches(0)):
+        raise ValueError("there is nothing to train on; give at least one batch.")
     steps = epochs * len(batches(0))
     example = next(iter(batches(0)))[0][:2]
     channels = trace(model, example, ignore=tailoring.get("ignore", ()))
@@ -161,7 +164,7 @@ def _train_step(
     step: int,
 ) -> None:
     """Take one step and add loss and hits to ``trained``; a loss that is not finite raises, and nothing has changed."""
-    statistics = [(buffer, buffer.clone()) for buffer in network.buffers() if buffer.is_floating_point()]
+    statistics = [(buffer, buffer.clone()) for buffer in network.buffers()]
     with autocast(x.device, PRECISIONS[precision]):
         logits = network(channels_last(x))
     logits = logits.float()
@@ -191,7 +194,8 @@ def evaluate(
     device: torch.device | str | None = None,
 ) -> dict[str, float]:
     """Return ``{"loss", "accuracy"}`` (mean cross-entropy, fraction right) of ``model`` in eval mode on ``images``."""
-    device = torch.device(device) if device is not None else next(model.parameters()).device
+    _check_precision(precision)
+    device = _device(model, device)
     training = {module: module.training for module in model.modules()}
     model.eval()
     loss, right, seen = 0.0, 0, 0
@@ -221,6 +225,18 @@ def warmup_cosine(step: int, steps: int, warmup: float) -> float:
 def autocast(device: torch.device, dtype: torch.dtype | None):
     """Return the context of a forward pass: autocast to ``dtype``, or nothing if it is None."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}; it must be one of {', '.join(PRECISIONS)}.")
+
+
+def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def channels_last(x: Tensor) -> Tensor:

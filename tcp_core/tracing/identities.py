@@ -138,6 +138,11 @@ class Identities(TorchDispatchMode):
             for hook in hooks:
                 hook.remove()
         for tensor in tensors_in(output):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(
+                    f"the model's output on the example input is not finite in {mode} mode; give an example with "
+                    f"finite values and a model that has not diverged."
+                )
             self._consume(tensor)
             if (codes := self.codes.get(tensor)) is not None:
                 self.outputs.append(labels_in(codes).unique())
