@@ -1,0 +1,21 @@
+"""Exactness on torchvision's networks: one of each family here, all of them in benchmarks/zoo_exactness.py."""
+
+import pytest
+from zoo import REPRESENTATIVES, exactness, names
+
+# Stem and stages of these are layer-normed, so that only what lies inside the blocks can go.
+LAYER_NORMED = ("convnext_tiny", "vit_b_16", "swin_t", "swin_v2_t")
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_closed_is_removed_and_cost_is_exact(name):
+    row = exactness(name, subsets=2)
+    assert row["max_relative_error"] < 1e-5
+    assert row["cost_mismatches"] == 0
+    assert row["least_effect"] > 1e-3
+    assert row["prunable"] > (0.5 if name in LAYER_NORMED else 0.95) * row["units"]
+
+
+def test_representatives_are_in_the_zoo():
+    assert set(REPRESENTATIVES) <= set(names())
+    assert len(names()) == 63
