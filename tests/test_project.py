@@ -188,3 +188,22 @@ def test_committed_runs_are_complete():
         if not (folder / name).exists()
     ]
     assert not faults, "\n".join(faults)
+
+
+def runs_in_readme():
+    """Yield the README's table rows that link to a run, with that run's metrics."""
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"\| \[[^\]]+\]\((results/runs/[^)]+)\)", line):
+            yield line, json.loads((ROOT / match[1] / "metrics.json").read_text(encoding="utf-8"))
+
+
+def test_the_readme_states_what_the_committed_runs_measured():
+    rows = list(runs_in_readme())
+    assert len(rows) >= 4
+    for line, metrics in rows:
+        cells = [cell.strip() for cell in line.split("|")]
+        assert f"{metrics['test_accuracy']:.2%}".replace("%", " %") in cells, line
+        for cost in ("macs", "params"):
+            assert f"{metrics[cost] / metrics[f'dense_{cost}']:.2%}".replace("%", " %") in cells, line
+        assert f"{metrics['seconds_train']:,.0f}" in cells, line
+        assert metrics["git_dirty"] is False

@@ -470,3 +470,25 @@ def test_removing_in_two_steps_is_removing_at_once():
     at_once = remove(network, channels, many)
     in_two_steps = remove(middle, trace(middle, example()), many[few])
     assert_same(outputs(at_once.eval(), example()), outputs(in_two_steps.eval(), example()), "two steps")
+
+
+def test_a_size_read_from_another_tensor_of_the_same_width_is_seen():
+    class Reshaped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.up, self.down = nn.Conv2d(3, 6, 3), nn.Linear(6, 6), nn.Conv2d(6, 4, 3)
+
+        def forward(self, x):
+            x = self.a(x)
+            y = self.up(x.flatten(2).transpose(1, 2).contiguous()).transpose(1, 2).relu()
+            return self.down(y.reshape(x.shape))
+
+    net = Reshaped()
+    channels = trace(net, torch.randn(2, 3, 8, 8))
+    assert not channels.prunable.any()  # losing as many channels of x as of y would fit by coincidence
+    assert channels.unknown
+
+
+def test_an_empty_sequential_passes_its_input_on():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(), nn.Conv2d(8, 4, 3))
+    assert trace(net, torch.randn(2, 3, 8, 8)).prunable.sum() == 8

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -98,20 +99,22 @@ def _not_removable(model: nn.Module, channels: Channels) -> list[Family]:
     """Try it out: return the families from which units cannot be removed after all.
 
     Sizes that a forward writes out (``x.view(-1, 64)``) or computes from a shape (``x * x.size(1) ** -0.5``) leave no
-    trace in the operators, so units of all families are removed and outputs compared; only if that fails, by halves.
-    Numbers of units are random, and drawn twice, so that a size taken from another family's width is seen.
+    trace in the operators, so units of all families are removed and outputs compared; if that fails, by halves.
+    A size may be taken from another family's width by coincidence: families of one size lose different numbers of units,
+    the digits of their number in as many passes as it has digits.
     """
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(2):
-        closed = []
-        for family in channels.families:
-            removable = family.units[channels.prunable[family.units]]
-            most = min(len(removable), len(family.units) - 1, max(1, len(family.units) // 2))
-            closed.append(
-                removable[: int(torch.randint(most, (), generator=generator)) + 1] if most > 0 else removable[:0]
-            )
+    digits: list[tuple[int, int, Tensor]] = []  # number among families of one size, base, removable units
+    peers: Counter[int] = Counter()
+    for family in channels.families:
+        removable = family.units[channels.prunable[family.units]]
+        most = min(len(removable), len(family.units) - 1, max(1, len(family.units) // 2))
+        peers[len(family.units)] += most > 0
+        digits.append((peers[len(family.units)] if most > 0 else 0, most + 1, removable))
+    while any(number for number, *_ in digits):
+        closed = [removable[: number % base] for number, base, removable in digits]
         if failed := _failing(model, channels, closed, range(len(closed))):
             return [channels.families[index] for index in failed]
+        digits = [(number // base if base > 1 else 0, base, removable) for number, base, removable in digits]
     return []
 
 

@@ -1,0 +1,348 @@
+"""Saving and loading tailored networks: round trips of many networks, and files that are refused."""
+
+import contextlib
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from random_nets import INPUT_SHAPE, RandomNet, networks
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from zoo import counted, random_open
+
+from tcp_core import FileError, load, nets, remove, save, storage, trace
+
+
+def tailored(dense, x, share=0.5, seed=0):
+    channels = trace(dense, x)
+    return remove(dense, channels, random_open(channels, share, seed))
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        return tree_leaves(copy.deepcopy(model).eval()(x.clone()))
+
+
+def assert_same(first, second, x):
+    """The same weights and attributes, so the same outputs."""
+    state = first.state_dict()
+    assert list(state) == list(second.state_dict())
+    for name, value in second.state_dict().items():
+        assert torch.equal(state[name], value), name
+    assert repr(first) == repr(second)  # tells groups, padding and widths
+    for a, b in zip(outputs(first, x), outputs(second, x), strict=True):
+        assert torch.equal(a, b)
+    assert counted(first, x) == counted(second, x)
+
+
+def ties(model):
+    """Per parameter the first name it goes by."""
+    first = {}
+    return [first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)]
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 1, 8, 8)
+
+
+@pytest.fixture
+def small(images):
+    return tailored(nets.small_resnet(widths=(8, 12, 16)), images)
+
+
+@pytest.fixture
+def path(small, tmp_path):
+    return save(small, tmp_path / "small.safetensors")
+
+
+def dense_resnet():
+    return nets.small_resnet(widths=(8, 12, 16))
+
+
+# -------------------------------------------------------------------------------------------------
+# Round trips
+
+
+def test_round_trip(small, path, images):
+    dense = dense_resnet()
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    loaded = load(dense, path)
+    assert_same(small, loaded, images)
+    assert type(loaded) is nets.ResNet
+    assert loaded.conv1.out_channels == len(small.conv1.weight) < 8
+    assert loaded.layer2[0].shortcut.padding == small.layer2[0].shortcut.padding
+    # What it was loaded into is as it was.
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    assert dense.conv1.out_channels == 8
+    assert dense.layer2[0].shortcut.padding == dense_resnet().layer2[0].shortcut.padding
+
+
+@given(network=networks(), seed=st.integers(0, 9))
+@settings(
+    max_examples=15,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+)
+def test_round_trips_of_random_networks(network, seed, tmp_path):
+    x = torch.randn(INPUT_SHAPE, dtype=torch.float64)
+    small = tailored(network, x, (seed + 1) / 10, seed)
+    path = save(small, tmp_path / "random.safetensors")
+    loaded = load(RandomNet(**network.arguments), path)
+    assert_same(small, loaded, x)
+    for (name, a), (_, b) in zip(small.named_buffers(), loaded.named_buffers(), strict=True):
+        assert torch.equal(a, b), name
+    assert ties(small) == ties(loaded)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "what"),
+    [
+        ([("conv", {"width": 8}), ("twice", {"kind": "weight"})], "tied weights"),
+        ([("conv", {"width": 8}), ("twice", {"kind": "module", "shared_norm": True})], "a module used twice"),
+        ([("conv", {"width": 8}), ("buffered", {"persistent": False})], "a buffer outside the state"),
+        ([("conv", {"width": 8}), ("buffered", {"persistent": True})], "a buffer"),
+        ([("conv", {"width": 8}), ("depthwise", {"multiplier": 2})], "a depthwise convolution"),
+        ([("conv", {"width": 8}), ("conv", {"width": 12, "groups": 4})], "a grouped convolution"),
+        ([("conv", {"width": 8}), ("transposed", {"width": 8, "groups": 2})], "a grouped transposed convolution"),
+        ([("conv", {"width": 8, "norm": "bn_plain"}), ("conv", {"width": 8, "act": "prelu"})], "no affine; PReLU"),
+        ([("conv", {"width": 8}), ("pad_channels_module", {}), ("conv", {"width": 8})], "padded channels"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_round_trips_of_special_layers(recipe, what, tmp_path):
+    x = torch.randn(INPUT_SHAPE, dtype=torch.float64)
+    dense = RandomNet([*recipe, ("conv", {"width": 6})])
+    small = tailored(dense, x, share=0.4)
+    assert repr(small) != repr(dense) or counted(small, x) != counted(dense, x)
+    fresh = RandomNet([*recipe, ("conv", {"width": 6})])
+    with torch.no_grad():
+        for tensor in fresh.state_dict().values():
+            tensor.zero_()  # what the file has must not come from the fresh network
+    loaded = load(fresh, save(small, tmp_path / "special.safetensors"))
+    assert_same(small, loaded, x)
+    assert ties(small) == ties(loaded)
+
+
+def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
+    def build():
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)))
+        model.append(nn.Conv2d(8, 4, 1))
+        model[2].weight = model[1].weight
+        return model
+
+    x = torch.randn(2, 3, 8, 8)
+    small = tailored(build(), x)
+    path = save(small, tmp_path / "tied.safetensors")
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+    assert len({"1.weight", "2.weight"} & names) == 1
+    loaded = load(build(), path)
+    assert loaded[1].weight is loaded[2].weight
+    assert loaded[1].weight is not loaded[3].weight
+    assert_same(small, loaded, x)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "densenet40_12"])
+def test_round_trips_of_the_papers_networks(name, tmp_path):
+    x = torch.randn(2, 3, 8, 8)
+    small = tailored(nets.build(name, num_classes=10), x)
+    loaded = load(nets.build(name, num_classes=10), save(small, tmp_path / "network.safetensors"))
+    assert_same(small, loaded, x)
+
+
+def test_an_untouched_network_can_be_saved_too(images, tmp_path):
+    dense = dense_resnet()
+    assert_same(dense, load(dense_resnet(), save(dense, tmp_path / "dense.safetensors")), images)
+
+
+def test_half_of_the_parameters_is_half_of_the_file(tmp_path):
+    dense = nets.small_resnet(widths=(32, 64, 128))
+    small = tailored(dense, torch.randn(2, 1, 8, 8), share=0.3)
+    sizes = [save(model, tmp_path / f"{i}.safetensors").stat().st_size for i, model in enumerate((dense, small))]
+    params = [sum(p.numel() for p in model.parameters()) for model in (dense, small)]
+    assert 0.3 < params[1] / params[0] < 0.7
+    assert sizes[1] / sizes[0] == pytest.approx(params[1] / params[0], abs=0.02)
+
+
+def test_paths_may_be_text_and_folders_are_made(small, tmp_path):
+    path = save(small, str(tmp_path / "a" / "b" / "small.safetensors"))
+    assert path == tmp_path / "a" / "b" / "small.safetensors"
+    assert load(dense_resnet(), str(path)).conv1.out_channels == small.conv1.out_channels
+
+
+def test_saving_replaces_an_older_file_and_changes_nothing_in_the_network(small, path, images):
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    with torch.no_grad():
+        small.linear.bias.add_(1)
+    save(small, path)
+    assert_same(small, load(dense_resnet(), path), images)
+    with torch.no_grad():
+        small.linear.bias.sub_(1)
+    torch.testing.assert_close(small.state_dict(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_device_and_precision_of_the_dense_network_are_kept(small, path, dtype):
+    loaded = load(dense_resnet().to(dtype), path)
+    for name, value in loaded.state_dict().items():
+        expected = small.state_dict()[name]
+        assert value.dtype == (dtype if expected.is_floating_point() else expected.dtype)
+        assert torch.equal(value, expected.to(value.dtype))
+
+
+def test_gradients_and_modes_are_those_of_the_dense_network(path):
+    dense = dense_resnet().eval()
+    dense.conv1.weight.requires_grad_(False)
+    loaded = load(dense, path)
+    assert not any(module.training for module in loaded.modules())
+    assert [name for name, p in loaded.named_parameters() if not p.requires_grad] == ["conv1.weight"]
+
+
+def test_a_loaded_network_can_be_trained(path, images):
+    loaded = load(dense_resnet(), path).train()
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
+    loaded(images).square().mean().backward()
+    assert all(p.grad is not None for p in loaded.parameters())
+    optimizer.step()
+
+
+# -------------------------------------------------------------------------------------------------
+# No pickle
+
+
+def test_nothing_is_pickled_or_unpickled(small, tmp_path, images, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("pickle was used")
+
+    for module, name in [
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "dump"),
+        (pickle, "dumps"),
+        (pickle, "Unpickler"),
+        (pickle, "_Unpickler"),
+        (pickle, "Pickler"),
+        (torch, "load"),
+        (torch, "save"),
+    ]:
+        monkeypatch.setattr(module, name, refuse)
+    path = save(small, tmp_path / "small.safetensors")
+    loaded = load(dense_resnet(), path)
+    monkeypatch.undo()
+    assert_same(small, loaded, images)
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was executed",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_is_refused_unread(tmp_path, zipped):
+    path = tmp_path / "pickled.safetensors"
+    torch.save({"weights": Bomb()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        FileError, match=r"not a whole safetensors file .* pickle from torch\.save, which is never read"
+    ):
+        load(dense_resnet(), path)
+
+
+# -------------------------------------------------------------------------------------------------
+# Files that are refused
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*absent.* give the path that save\(\) returned"):
+        load(dense_resnet(), tmp_path / "absent.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load(dense_resnet(), tmp_path)
+
+
+@given(share=st.floats(0, 1, exclude_max=True))
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_truncated_file(share, path, tmp_path):
+    whole = path.read_bytes()
+    for length in {int(share * len(whole)), int(share * 4_000), len(whole) - 1, 0, 7, 8, 9}:
+        cut = tmp_path / "cut.safetensors"
+        cut.write_bytes(whole[:length])
+        with pytest.raises(FileError, match=r"not a whole safetensors file .*truncated.* save the network again"):
+            load(dense_resnet(), cut)
+
+
+def test_a_file_without_widths(small, tmp_path):
+    path = tmp_path / "plain.safetensors"
+    for metadata in (None, {"format": "pt"}):
+        save_file(small.state_dict(), path, metadata=metadata)
+        with pytest.raises(FileError, match="not written by tcp_core.save: it has weights but no widths"):
+            load(dense_resnet(), path)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: nets.small_resnet(widths=(8, 12, 16), blocks=2), r"only one of them has 'layer1\.1\..*'"),
+        (
+            lambda: nets.small_resnet(widths=(2, 12, 16)),
+            r"is \(\d+, .*\) in the file and \(2, .*\) in the dense network",
+        ),
+        (lambda: nets.small_resnet(widths=(8, 12, 16), num_classes=4), r"'linear\.\w+' is \(10,.* and \(4,.*"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(1, 8, 3)),
+            r"a ResNet that does not fit this Sequential: only one of them has",
+        ),
+    ],
+)
+def test_a_file_of_another_network(path, other, message):
+    with pytest.raises(FileError, match=message) as error:
+        load(other(), path)
+    assert "Build the network that was saved" in str(error.value)
+
+
+def rewritten(path, *, change_tensors=None, change_spec=None, spec=None):
+    """The file with some of its parts changed."""
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    if change_tensors:
+        change_tensors(tensors)
+    if change_spec:
+        spec = json.loads(metadata[storage.KEY])
+        change_spec(spec)
+        spec = json.dumps(spec)
+    save_file(tensors, path, metadata={storage.KEY: spec or metadata[storage.KEY]})
+    return path
+
+
+def narrow(tensors):
+    tensors["linear.bias"] = tensors["linear.bias"][:-1].clone()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"spec": "these are not widths"},
+        {"spec": "[]"},
+        {"change_spec": lambda spec: spec.update(version=99)},
+        {"change_spec": lambda spec: spec.pop("shapes")},
+        {"change_tensors": lambda tensors: tensors.pop("linear.weight")},
+        {"change_tensors": narrow},
+    ],
+    ids=["no JSON", "no widths", "version", "no shapes", "weight missing", "weight of another size"],
+)
+def test_a_file_that_contradicts_itself(path, changes):
+    with pytest.raises(FileError, match=r"small\.safetensors"):
+        load(dense_resnet(), rewritten(path, **changes))
+
+
+def test_a_failed_load_leaves_the_dense_network_alone(path):
+    dense = nets.small_resnet(widths=(2, 12, 16))
+    before = copy.deepcopy(dense.state_dict())
+    with contextlib.suppress(FileError):
+        load(dense, path)
+    torch.testing.assert_close(dense.state_dict(), before, rtol=0, atol=0)

@@ -1,0 +1,313 @@
+"""`fit` against a loop written out, its tables, and what it does with bad numbers."""
+
+import copy
+import math
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from zoo import counted
+
+from tcp_core import BudgetError, Tailor, data, evaluate, fit, nets, results
+from tcp_core.train import warmup_cosine
+
+EPOCHS, BATCH = 3, 20  # 48 steps with 320 images, the fewest that tailoring takes
+
+
+@pytest.fixture(scope="module")
+def images():
+    """(train, val) of 320 and 180 digits."""
+    splits = data.digits()
+    return splits.train.split(320)[1], splits.val
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nets.small_resnet(widths=(8, 12, 16))
+
+
+def run(images, *, budget, **options):
+    train, val = images
+    return fit(network(), train, val, **{"budget": budget, "epochs": EPOCHS, "batch_size": BATCH, **options})
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# -------------------------------------------------------------------------------------------------
+# Tailored
+
+
+def test_a_tailored_run_and_its_tables(images):
+    rows = []
+    result = run(images, budget={"macs": 0.5, "params": 0.6}, on_epoch=rows.append)
+    x = torch.zeros(1, 1, 8, 8)
+    dense, small = counted(network(), x), counted(result.model, x)
+    assert type(result.model) is nets.ResNet
+    assert small == result.report["current"]
+    assert result.report["dense"] == dense
+    assert result.report["frozen"]
+    assert result.report["largest_gate_removed"] == 0
+    assert 0.95 < max(result.report["utilisation"].values()) <= 1
+
+    history = result.history
+    assert tuple(history) == results.HISTORY
+    assert history.to_dict("records") == rows
+    assert list(history["epoch"]) == [1, 2, 3]
+    assert list(history["macs"]) == sorted(history["macs"], reverse=True)
+    assert history.iloc[-1][["macs", "params"]].to_dict() == small
+    assert list(history["open_units"]) == sorted(history["open_units"], reverse=True)
+    assert history[["train_accuracy", "val_accuracy"]].stack().between(0, 1).all()
+    assert (history["seconds"] > 0).all()
+    assert history["strength"].iloc[-1] == 0
+    measured = evaluate(result.model, images[1])
+    assert measured == pytest.approx(
+        {"loss": history["val_loss"].iloc[-1], "accuracy": history["val_accuracy"].iloc[-1]}
+    )
+
+    trajectory = result.trajectory
+    assert tuple(trajectory) == results.TRAJECTORY
+    assert trajectory["step"].is_monotonic_increasing
+    assert trajectory["epoch"].tolist() == pytest.approx((trajectory["step"] / 16).tolist())
+    assert trajectory.iloc[0][["macs", "params"]].to_dict() == dense
+    assert trajectory.iloc[-1][["macs", "params"]].to_dict() == small
+    assert trajectory["step"].iloc[-1] == result.frozen_at_step
+    assert trajectory["closed"].iloc[-1] == trajectory["losing"].iloc[-1] > 0
+
+    widths = result.widths
+    assert tuple(widths) == results.WIDTHS
+    assert widths["layer"].tolist()[0] == "conv1"
+    assert widths["layer"].tolist()[-1] == "linear"
+    for name, model in (("dense", network()), ("tailored", result.model)):
+        assert widths[name].tolist() == [len(model.get_submodule(layer).weight) for layer in widths["layer"]]
+
+
+def test_the_tables_can_be_stored_as_a_run(images, tmp_path):
+    result = run(images, budget={"macs": 0.5})
+    out = results.start_run(tmp_path / "run", {"seed": 0})
+    metrics = dict.fromkeys(results.METRICS) | {"utilisation": result.report["utilisation"]}
+    tables = {"history": result.history, "trajectory": result.trajectory, "widths": result.widths}
+    results.finish_run(out, metrics=metrics, **tables)
+    for name, table in tables.items():
+        pd.testing.assert_frame_equal(pd.read_csv(out / f"{name}.csv"), table, check_dtype=False)
+
+
+@pytest.mark.parametrize("budget", [None, {"macs": 0.5}])
+def test_the_seed_decides_the_run(images, budget):
+    first, again, other = (run(images, budget=budget, seed=seed) for seed in (1, 1, 2))
+    assert same(first.model.state_dict(), again.model.state_dict())
+    pd.testing.assert_frame_equal(first.history.drop(columns="seconds"), again.history.drop(columns="seconds"))
+    pd.testing.assert_frame_equal(first.trajectory, again.trajectory)
+    assert first.history["train_loss"].tolist() != other.history["train_loss"].tolist()
+
+
+def test_batches_may_come_from_a_loader_or_a_list(images):
+    train, val = images
+    batches = list(train.batches(BATCH))
+    loader = DataLoader(TensorDataset(*(torch.cat(part) for part in zip(*batches, strict=True))), batch_size=BATCH)
+    found = [
+        fit(network(), source, held_out, budget={"macs": 0.5}, epochs=EPOCHS)
+        for source, held_out in ((batches, val), (loader, list(val.batches(50))))
+    ]
+    assert same(*(result.model.state_dict() for result in found))
+    for column in ("train_loss", "val_loss", "val_accuracy"):
+        assert found[0].history[column].tolist() == pytest.approx(found[1].history[column].tolist(), rel=1e-5)
+
+
+def test_options_reach_the_tailor(images):
+    result = run(images, budget={"macs": 0.6}, ignore="layer2.*", min_width=3, phase=(0.1, 0.6), lookahead=0.5)
+    widths = result.widths.set_index("layer")
+    assert (widths["tailored"] >= 3).all()
+    assert (widths["tailored"] == widths["dense"])[["layer2.0.conv1", "layer2.0.conv2"]].all()
+    assert 0.5 * 48 < result.frozen_at_step <= 0.6 * 48 + 2
+
+
+def test_without_validation_images_there_is_no_accuracy(images):
+    result = fit(network(), images[0], budget=None, epochs=1)
+    assert result.history[["val_loss", "val_accuracy"]].isna().all(axis=None)
+
+
+# -------------------------------------------------------------------------------------------------
+# Dense
+
+
+def test_without_a_budget_the_dense_network_is_trained_in_place(images):
+    train, val = images
+    model = network()
+    result = fit(model, train, val, budget=None, epochs=2, batch_size=64)
+    assert result.model is model
+    assert result.report == {}
+    assert result.trajectory.empty
+    assert result.frozen_at_step is None
+    assert tuple(result.history) == results.HISTORY
+    assert (result.history["macs"] == counted(model, torch.zeros(1, 1, 8, 8))["macs"]).all()
+    assert (result.history["strength"] == 0).all()
+    assert result.widths["tailored"].equals(result.widths["dense"])
+
+
+def test_training_is_sgd_with_warmup_and_cosine_written_out(images):
+    train, _ = images
+    options = {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.01, "warmup": 0.3, "label_smoothing": 0.1}
+    found = fit(network(), train, budget=None, epochs=2, batch_size=64, augment="crop", seed=3, **options)
+
+    model, velocity, losses = network(), {}, []
+    for step in range(10):
+        if step % 5 == 0:
+            batches = list(train.batches(64, shuffle=True, augment="crop", seed=3, epoch=step // 5, drop_last=True))
+        # 10 steps of which 3 are warm-up
+        share = (step + 1) / 4 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / 7))
+        x, y = batches[step % 5]
+        loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
+        losses.append(loss.item())
+        for parameter, gradient in zip(
+            model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
+        ):
+            gradient = gradient + 0.01 * (parameter.ndim > 1) * parameter.detach()
+            velocity[parameter] = 0.8 * velocity.get(parameter, torch.zeros_like(parameter)) + gradient
+            with torch.no_grad():
+                parameter -= 0.05 * share * (gradient + 0.8 * velocity[parameter])
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    means = [sum(losses[:5]) / 5, sum(losses[5:]) / 5]
+    assert found.history["train_loss"].tolist() == pytest.approx(means, rel=1e-3)
+
+
+def test_the_learning_rate_rises_and_falls_to_zero():
+    factors = [warmup_cosine(step, 200, 0.1) for step in range(201)]
+    top = factors.index(max(factors))
+    assert top == 20
+    assert factors[top] == 1
+    assert factors[: top + 1] == sorted(factors[: top + 1])
+    assert factors[top:] == sorted(factors[top:], reverse=True)
+    assert 0 < factors[0] < 0.1
+    assert factors[-1] == 0
+    assert warmup_cosine(0, 200, 0) == 1
+
+
+@pytest.mark.parametrize("budget", [None, {"macs": 0.5}])
+def test_half_precision_autocast_trains_in_full_precision_parameters(images, budget):
+    result = run(images, budget=budget, precision="bf16")
+    assert all(p.dtype == torch.float32 for p in result.model.parameters())
+    assert result.history[["train_loss", "val_loss"]].notna().all(axis=None)
+    plain = run(images, budget=budget)
+    assert result.history["train_loss"].tolist() != plain.history["train_loss"].tolist()
+    assert result.history["train_loss"].tolist() == pytest.approx(plain.history["train_loss"].tolist(), rel=0.2)
+
+
+# -------------------------------------------------------------------------------------------------
+# Bad numbers, and nothing half done
+
+
+@pytest.mark.parametrize(("budget", "bad_step"), [(None, 0), (None, 20), ({"macs": 0.5}, 6), ({"macs": 0.5}, 40)])
+def test_a_loss_that_is_not_finite_stops_before_the_step(images, budget, bad_step):
+    model = network()
+    trained, before = [model], []
+
+    class Batches(list):
+        def __iter__(self):
+            for x, y in super().__iter__():
+                # Not inside the forward pass, where the parameters are multiplied by their gates.
+                before.append(weights(trained[-1]))
+                yield x, y
+
+    def spoil(model, args):
+        if not (model.training and torch.is_grad_enabled()):
+            return None  # tracing or verification
+        trained.append(model)
+        return (torch.full_like(args[0], math.nan),) if len(trained) == bad_step + 2 else None
+
+    model.register_forward_pre_hook(spoil)
+    message = rf"loss is nan at step {bad_step + 1}; .* not taken\. Lower lr .*warmup"
+    with pytest.raises(FloatingPointError, match=message):
+        fit(model, Batches(images[0].batches(BATCH)), budget=budget, epochs=EPOCHS)
+    assert len(trained) == bad_step + 2
+    assert same(trained[-1].state_dict(), before[-1])
+    assert all(value.isfinite().all() for value in before[-1].values())
+
+
+def test_divergence_is_named(images):
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step .* Lower lr \(now .*\), lengthen warmup"):
+        run(images, budget=None, lr=1e30)
+
+
+def test_a_budget_that_cannot_be_met_is_refused_before_training(images):
+    model = network()
+    before = weights(model)
+    with pytest.raises(BudgetError, match="below the floor"):
+        fit(model, images[0], budget={"macs": 0.001}, epochs=EPOCHS, batch_size=BATCH)
+    assert same(before, weights(model))
+    assert model.training
+
+
+# -------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def mixed_modes(model):
+    model.train()
+    model.layer1.eval()
+    model.layer3[0].bn1.eval()
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def test_evaluation_is_the_mean_over_images(images):
+    _, val = images
+    model = network()
+    modes, before = mixed_modes(model), weights(model)
+    measured = evaluate(model, val, batch_size=37)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert same(before, weights(model))
+
+    x, y = next(iter(val.batches(len(val))))
+    with torch.no_grad():
+        logits = copy.deepcopy(model).eval()(x)
+    expected = {"loss": float(F.cross_entropy(logits, y)), "accuracy": float((logits.argmax(1) == y).float().mean())}
+    assert measured == pytest.approx(expected, rel=1e-5)
+    assert evaluate(model, list(val.batches(50))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_restores_modes_when_it_fails(images):
+    model = network()
+    modes = mixed_modes(model)
+    with pytest.raises(RuntimeError):
+        evaluate(model, [(torch.zeros(2, 5, 8, 8), torch.zeros(2, dtype=torch.long))])
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_a_tailor_can_be_evaluated_while_its_gates_close(images):
+    train, val = images
+    tailor = Tailor(network(), next(iter(val.batches(2)))[0], budget={"macs": 0.5}, steps=48)
+    dense = evaluate(tailor.model, val)
+    assert evaluate(tailor, val) == pytest.approx(dense)
+    with torch.no_grad():
+        tailor.gate[0] = 0.0
+    assert evaluate(tailor, val) != pytest.approx(dense)
+    assert evaluate(tailor.model, val) == pytest.approx(dense)
+
+
+def test_networks_of_other_tasks_of_one_dimension():
+    x, y = torch.randn(160, 6), torch.randint(3, (160,))
+    batches = list(zip(x.split(10), y.split(10), strict=True))
+    model = nn.Sequential(
+        nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)
+    )
+    result = fit(model, batches, budget={"params": 0.5}, epochs=EPOCHS)
+    assert 0.95 < result.report["utilisation"]["params"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_tailored_networks_learn_the_digits(share):
+    splits = data.digits()
+    torch.manual_seed(0)
+    model = nets.small_resnet(widths=(16, 32, 64))
+    result = fit(model, splits.train, splits.val, budget={"macs": share}, epochs=15, batch_size=32, augment="crop")
+    assert evaluate(result.model, splits.test)["accuracy"] > 0.95
