@@ -13,7 +13,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 
 # The core, in reading order: each part, a file or a folder, imports only parts that stand before it.
-CORE = ("cost", "channels", "gates", "removal", "tracing", "controller", "tailor")
+CORE = ("cost", "channels", "gates", "removal", "tracing", "selection", "controller", "tailor")
 
 
 def imported(tree, package="tcp_core"):

@@ -100,8 +100,8 @@ def _not_removable(model: nn.Module, channels: Channels) -> list[Family]:
 
     Sizes that a forward writes out (``x.view(-1, 64)``) or computes from a shape (``x * x.size(1) ** -0.5``) leave no
     trace in the operators, so units of all families are removed and outputs compared; if that fails, by halves.
-    A size may be taken from another family's width by coincidence: families of one size lose different numbers of units,
-    the digits of their number in as many passes as it has digits.
+    A size may be taken from another family's width and fit by coincidence. So families of one size are numbered, and
+    each loses as many units as the digit of its number, in as many passes as there are digits.
     """
     digits: list[tuple[int, int, Tensor]] = []  # number among families of one size, base, removable units
     peers: Counter[int] = Counter()

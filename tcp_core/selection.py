@@ -1,0 +1,123 @@
+"""Which units win a place in the budget.
+
+Exact arithmetic on hard costs: a greedy fill by score, and for small networks exchanges of single units. How units
+are scored is the controller's matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .channels import Channels
+from .cost import CostModel
+
+
+def required_units(channels: Channels, min_width: int) -> Tensor:
+    """Return a smallest set of units that must stay, bool ``[units]``: the unprunable, and ``min_width`` a family."""
+    if not isinstance(min_width, int) or min_width < 1:
+        raise ValueError(f"min_width must be an int of at least 1, so that no layer empties; got {min_width!r}.")
+    required = ~channels.prunable
+    for family in channels.families:
+        missing = min_width - int(required[family.units].sum())
+        if missing > 0:
+            required[family.units[~required[family.units]][:missing]] = True
+    return required
+
+
+def fill(channels: Channels, score: Tensor, bounds: Mapping[str, float], min_width: int = 1) -> Tensor:
+    """Return the units that win, bool ``[units]``: within every bound, and nothing that is left out would still fit.
+
+    The ``min_width`` best units of each family come first, then all others from the best ``score`` (float
+    ``[units]``) down; one that does not fit is skipped. ``bounds`` must not be below the cost of
+    :func:`required_units`.
+    """
+    model = channels.cost_model
+    score = score.double().where(channels.prunable, torch.inf)
+    order = score.argsort(descending=True, stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    first = ~channels.prunable
+    for family in channels.families:
+        first[family.units[place[family.units].argsort()[:min_width]]] = True
+    order = torch.cat([order[first[order]], order[~first[order]]])
+
+    def fits(winning: Tensor) -> bool:
+        cost = model.exact(winning)
+        return all(cost[name] <= bound for name, bound in bounds.items())
+
+    low, high = (
+        int(first.sum()),
+        len(order),
+    )  # the longest head of the order that fits, by bisection: cost grows with it
+    while low < high:
+        middle = (low + high + 1) // 2
+        winning = torch.zeros_like(first)
+        winning[order[:middle]] = True
+        low, high = (middle, high) if fits(winning) else (low, middle - 1)
+    winning = torch.zeros_like(first)
+    winning[order[:low]] = True
+    return _top_up(model, winning, order[low:], bounds)
+
+
+def _top_up(model: CostModel, winning: Tensor, rest: Tensor, bounds: Mapping[str, float]) -> Tensor:
+    """Return ``winning`` with the first of ``rest`` (unit indices, best first) that still fits added, and so on."""
+    winning = winning.clone()
+    while len(rest):
+        cost, extra = model.exact(winning), model.marginal(winning)
+        room = torch.ones(len(rest), dtype=torch.bool)
+        for name, bound in bounds.items():
+            room &= cost[name] + extra[name][rest] <= bound
+        rest = rest[room]  # what does not fit now never will: costs only grow
+        if len(rest):
+            winning[rest[0]] = True
+            rest = rest[1:]
+    return winning
+
+
+def tighten(
+    channels: Channels, winning: Tensor, score: Tensor, bounds: Mapping[str, float], min_width: int = 1
+) -> Tensor:
+    """Return ``winning`` with single units exchanged until a bound is used to 99.9 %, as far as that is possible.
+
+    Matters where one unit costs more than what is left. Each exchange takes the worst open unit of one family for the
+    best closed unit of another, and is the one that fills the bounds best.
+    """
+    model = channels.cost_model
+
+    def used(open_units: Tensor) -> float:
+        cost = model.exact(open_units)
+        return max(cost[name] / bound for name, bound in bounds.items())
+
+    for _ in range(50):
+        if used(winning) >= 0.999:
+            break
+        leaving, entering = [], []
+        for family in channels.families:
+            inside, outside = family.units[winning[family.units]], family.units[~winning[family.units]]
+            removable = inside[channels.prunable[inside]]
+            if len(inside) > min_width and len(removable):
+                leaving.append(removable[score[removable].argmin()])
+            if len(outside):
+                entering.append(outside[score[outside].argmax()])
+        if not leaving or not entering:
+            break
+        out, into = torch.stack(leaving), torch.stack(entering)
+        cost, extra = model.exact(winning), model.marginal(winning)
+        filled = torch.stack(
+            [(cost[name] - extra[name][out][:, None] + extra[name][into]) / bound for name, bound in bounds.items()]
+        ).amax(0)
+        # The two marginal costs add up but for units that meet in one layer: the most promising ones are recounted.
+        best = winning
+        for index in filled.where(filled <= 1.01, -1.0).flatten().argsort(descending=True, stable=True)[:30].tolist():
+            candidate = winning.clone()
+            candidate[out[index // len(into)]], candidate[into[index % len(into)]] = False, True
+            if used(best) < used(candidate) <= 1:
+                best = candidate
+        if best is winning:
+            break
+        rest = (~best).nonzero().flatten()  # a unit costs less once a neighbour in its layer has left
+        winning = _top_up(model, best, rest[score[rest].argsort(descending=True, stable=True)], bounds)
+    return winning
