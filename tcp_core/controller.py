@@ -115,9 +115,9 @@ class Controller:
             if bound < self.floor[name]:
                 raise BudgetError(
                     f"the {name} budget of {bound:,} ({bound / self.dense[name]:.2%} of the dense "
-                    f"{self.dense[name]:,}) is below the "
-                    f"floor: with {min_width} unit(s) in each family the smallest network has {self.floor[name]:,} "
-                    f"({self.floor[name] / self.dense[name]:.2%}). Give {name} >= {self.floor[name]}, or ignore less."
+                    f"{self.dense[name]:,}) is below the floor: with {min_width} unit(s) in each family the "
+                    f"smallest network has {self.floor[name]:,} ({self.floor[name] / self.dense[name]:.2%}). Give "
+                    f"{name} >= {self.floor[name]}, or ignore less."
                 )
 
     def update(self, gradient: Tensor) -> None:
@@ -223,8 +223,7 @@ class Controller:
         if (refused := int(self.refused)) > self.reported:
             warnings.warn(
                 f"{refused - self.reported} step(s) had gradients that are not finite and were refused: importance "
-                f"and gates did "
-                f"not change. With loss scaling a few are normal; otherwise lower the learning rate.",
+                f"and gates did not change. With loss scaling a few are normal; otherwise lower the learning rate.",
                 RuntimeWarning,
                 stacklevel=4,
             )

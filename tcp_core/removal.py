@@ -142,8 +142,7 @@ def compare(model: nn.Module, small: nn.Module, channels: Channels, open_units: 
             except Exception as error:
                 raise RemovalError(
                     f"the smaller network raised {type(error).__name__}: {error}. A size is probably fixed in the "
-                    f"model's "
-                    f"code; name the module in ignore=..."
+                    f"model's code; name the module in ignore=..."
                 ) from error
     finally:
         for module, mode in training.items():
@@ -158,8 +157,7 @@ def compare(model: nn.Module, small: nn.Module, channels: Channels, open_units: 
         if not error <= torch.finfo(a.dtype).eps ** 0.5:
             raise RemovalError(
                 f"gated and smaller network differ by {error:.2g} of the largest output; this is a defect in the "
-                f"trace: please "
-                f"report it with the model. Until then, name the modules concerned in ignore=..."
+                f"trace: please report it with the model. Until then, name the modules concerned in ignore=..."
             )
 
 

@@ -97,8 +97,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     except (SafetensorError, OSError) as error:
         raise FileError(
             f"{path} is not a whole safetensors file ({error}). It is truncated or another format, such as a pickle "
-            f"from "
-            f"torch.save, which is never read here; save the network again with tcp_core.save."
+            f"from torch.save, which is never read here; save the network again with tcp_core.save."
         ) from error
     if KEY not in metadata:
         raise FileError(f"{path} was not written by tcp_core.save: it has weights but no widths.")

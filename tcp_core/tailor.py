@@ -112,19 +112,18 @@ class Tailor(Gated):
             controller = self.controller
             raise RuntimeError(
                 f"finish() before the set is frozen: {controller.step_count} of {controller.steps} steps were taken "
-                f"and it is frozen "
-                f"at about step {controller.end}. Train on, or construct the Tailor with the number of steps you "
-                f"really take."
+                f"and it is frozen at about step {controller.end}. Train on, or construct the Tailor with the number "
+                f"of steps you really take."
             )
         if not self.shrunk:
             self._shrink(optimizer)
         return self.model
 
     def _shrink(self, optimizer: torch.optim.Optimizer | None) -> None:
-        open_units = self.open_units
-        closed = self.gate.detach()[~open_units.to(self.gate.device)]
-        self.largest_gate_removed = float(closed.max()) if len(closed) else 0.0
-        self.model = remove(self.model, self.channels, open_units, optimizer)
+        losing = self.controller.losing
+        removed = self.gate.detach()[losing]  # as the forward pass has them, not as the controller believes
+        self.largest_gate_removed = float(removed.max()) if len(removed) else 0.0
+        self.model = remove(self.model, self.channels, ~losing.cpu(), optimizer)
         self.sites = ()
         self.shrunk = True
 
@@ -155,6 +154,8 @@ class Report(dict):
     """Where a tailoring run stands; a dict that prints as a table."""
 
     def __repr__(self) -> str:
+        if not self:
+            return "no budget: the dense network was trained"
         rows = [
             f"{'cost':8}{'dense':>16}{'requested':>16}{'current':>16}{'of dense':>10}{'of budget':>11}{'floor':>14}"
         ]
@@ -178,13 +179,11 @@ def _check_trainable(model: nn.Module) -> None:
     if half := [name for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]:
         raise ValueError(
             f"parameter {half[0]!r} is {parameters[half[0]].dtype}: gates move by small steps that half precision "
-            f"rounds away. "
-            f"Keep the model in float32 and run it under torch.autocast."
+            f"rounds away. Keep the model in float32 and run it under torch.autocast."
         )
     if not any(p.requires_grad for p in parameters.values()):
         raise ValueError(
-            "all parameters of the model are frozen (requires_grad is False), so nothing could recover from pruning; "
-            "set "
-            "requires_grad_(True) on what is to be trained. Single frozen parameters are fine: they are cut, not "
-            "trained."
+            "all parameters of the model are frozen (requires_grad is False), so nothing could recover from "
+            "pruning; set requires_grad_(True) on what is to be trained. Single frozen parameters are fine: they "
+            "are cut, not trained."
         )

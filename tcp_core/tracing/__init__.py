@@ -163,15 +163,13 @@ def _samples(model: nn.Module, example: Any, count: int) -> tuple[tuple, dict]:
     if not tensors or tensors[0].ndim == 0 or not tensors[0].shape[0]:
         raise ValueError(
             f"example_input must be a tensor with the batch in dimension 0, a tuple of positional inputs or a dict "
-            f"of keyword "
-            f"inputs; got {type(example).__name__}. For images: torch.randn(2, 3, 224, 224)."
+            f"of keyword inputs; got {type(example).__name__}. For images: torch.randn(2, 3, 224, 224)."
         )
     devices = {p.device for p in model.parameters()} | {x.device for x in tensors}
     if len(devices) > 1:
         raise ValueError(
             f"model and example input are on different devices: {sorted(map(str, devices))}; move both to one, for "
-            f"example "
-            f"example_input.to(next(model.parameters()).device)."
+            f"example example_input.to(next(model.parameters()).device)."
         )
     batch = tensors[0].shape[0]
 

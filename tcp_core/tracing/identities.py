@@ -130,9 +130,8 @@ class Identities(TorchDispatchMode):
             given = ", ".join(f"{x.dtype} of shape {tuple(x.shape)}" for x in inputs)
             raise ValueError(
                 f"the model raised {type(error).__name__} in {mode} mode on the example input ({given}): {error}. "
-                f"Give an "
-                f"example that model(example_input) accepts in train and in eval mode: the right shape, dtype and "
-                f"device."
+                f"Give an example that model(example_input) accepts in train and in eval mode: the right shape, "
+                f"dtype and device."
             ) from error
         finally:
             for hook in hooks:
