@@ -1,10 +1,11 @@
 """What tailoring costs and saves per training step, measured side by side in one process.
 
-For one network: a dense step, a gated step (the pruning phase), the controller's share of it, and a step of the network
-tailored to half the macs. From these and the length of the phase follows the wall-clock of a whole tailored run over a
-dense run. Steps of all kinds are interleaved, and medians compared, so that other load on the machine hits them alike.
+For one network: a dense step, a gated step (the pruning phase), the controller's share of it, and a step of the
+tailored network, with the widths of a finished run. From these and the length of the phase follows the wall-clock of a
+whole tailored run over a dense run. Steps of all kinds are interleaved, and medians compared, so that other load on the
+machine hits them alike.
 
-    python benchmarks/training_step.py --network resnet56 --out build/benchmarks/training_step.json
+    python benchmarks/training_step.py --network resnet56 --widths results/runs/.../widths.csv --out build/step.json
 """
 
 import argparse
@@ -13,96 +14,113 @@ import statistics
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import tcp_core as tcp
 from tcp_core import nets
 from tcp_core.results import environment
 
+PHASE = (0.05, 0.3)
+
 
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="resnet20", choices=sorted(set(nets.NETWORKS) - {"small_resnet"}))
-    parser.add_argument("--macs", type=float, default=0.5, help="budget, as a fraction of the dense network's")
+    parser.add_argument("--network", required=True, choices=sorted(set(nets.NETWORKS) - {"small_resnet"}))
+    parser.add_argument("--widths", type=Path, required=True, help="widths.csv of a run of this network")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
     torch.manual_seed(0)
     x = torch.randn(options.batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     y = torch.randint(10, (options.batch_size,))
-    steps, phase = 10_000, (0.05, 0.3)
-    kinds = {}
-    for kind in ("dense", "gated", "tailored"):
-        model = nets.build(options.network, num_classes=10)
-        network, tailor = model, None
-        if kind != "dense":
-            # A run of 48 steps freezes at once; one of 10,000 stays in its phase while it is measured.
-            tailor = tcp.Tailor(
-                model, x[:2], budget={"macs": options.macs}, steps=48 if kind == "tailored" else steps, phase=phase
-            )
-            network = tailor
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        kinds[kind] = (network, tailor, optimizer)
+    dense = nets.build(options.network, num_classes=10)
+    channels = tcp.trace(dense, x[:2])
+    open_units = open_as_in(channels, pd.read_csv(options.widths).set_index("layer")["tailored"])
+    threads = sorted({1, torch.get_num_threads()})
+    rows = [
+        measure(dense, channels, open_units, x, y, precision, count, options.repeats)
+        for precision in ("bf16", "fp32")
+        for count in threads
+    ]
+    macs = channels.cost(open_units)["macs"] / channels.cost()["macs"]
+    print(f"{options.network} at {macs:.2%} macs, batches of {options.batch_size}")
+    table = pd.DataFrame(rows)
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    if options.out:
+        result = {"network": options.network, "macs": macs, "batch_size": options.batch_size, "rows": rows}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result | environment("cpu"), indent=2) + "\n")
 
-    def step(kind: str) -> tuple[float, float]:
-        network, tailor, optimizer = kinds[kind]
-        started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
-            loss = F.cross_entropy(network(x).float(), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        before = time.perf_counter()
-        if tailor is not None:
-            tailor.step(optimizer)
-        ended = time.perf_counter()
-        return ended - started, ended - before
 
-    while not kinds["tailored"][1].frozen:
-        step("tailored")
-    controller = kinds["gated"][1].controller
-    controller.step_count = controller.start  # measure within the phase, where every interval is ranked
+def open_as_in(channels: tcp.Channels, widths: pd.Series) -> torch.Tensor:
+    """Return open units, bool ``[units]``, with as many in each family as its layers' outputs had in a finished run."""
+    open_units = torch.ones(channels.units, dtype=torch.bool)
+    out_units = {layer.name: layer.out_units for layer in channels.layers}
+    for family in channels.families:
+        for name in family.layers:
+            inside = out_units[name][torch.isin(out_units[name], family.units)]
+            if len(inside) == len(out_units[name]):  # the family is all of this layer's width
+                open_units[inside[int(widths[name]) :]] = False
+    return open_units
+
+
+def measure(
+    dense: nn.Module,
+    channels: tcp.Channels,
+    open_units: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    precision: str,
+    threads: int,
+    repeats: int,
+) -> dict[str, float]:
+    """Return the ratios of gated and tailored to dense steps, and the controller's share of a gated step."""
+    torch.set_num_threads(threads)
+    small = tcp.remove(dense, channels, open_units)
+    tailor = tcp.Tailor(dense, x[:2], budget={"macs": 0.5}, steps=10_000, phase=PHASE, channels=channels)
+    controller = tailor.controller
+    controller.step_count = controller.start  # within the phase, where every interval is ranked
     controller.importance.uniform_()
-    seconds = {kind: [] for kind in kinds}
-    controlled = []
-    for repeat in range(options.repeats + 2):
-        for kind in kinds:
-            whole, control = step(kind)
-            if repeat >= 2:
-                seconds[kind].append(whole)
-                if kind == "gated":
-                    controlled.append(control)
-    median = {kind: statistics.median(values) for kind, values in seconds.items()}
-    # Ranking happens every interval steps only: spread it over them.
-    ranked = time.perf_counter()
+    networks = {"dense": dense, "gated": tailor, "tailored": small}
+    optimizers = {
+        kind: torch.optim.SGD((small if kind == "tailored" else dense).parameters(), lr=1e-4, momentum=0.9)
+        for kind in networks
+    }
+    seconds: dict[str, list[float]] = {kind: [] for kind in (*networks, "controller")}
+    for _ in range(repeats + 2):
+        for kind, network in networks.items():
+            started = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss = F.cross_entropy(network(x).float(), y)
+            optimizers[kind].zero_grad()
+            loss.backward()
+            optimizers[kind].step()
+            if kind == "gated":
+                before = time.perf_counter()
+                tailor.step()
+                seconds["controller"].append(time.perf_counter() - before)
+            seconds[kind].append(time.perf_counter() - started)
+    median = {kind: statistics.median(values[2:]) for kind, values in seconds.items()}
+    # Ranking happens every interval steps only: spread one over them.
+    started = time.perf_counter()
     controller._rank()
-    ranked = time.perf_counter() - ranked
-    control = statistics.median(controlled) + ranked / controller.interval
-    share = phase[1]
-    result = {
-        "network": options.network,
-        "macs": options.macs,
-        "batch_size": options.batch_size,
-        "precision": options.precision,
+    ranking = (time.perf_counter() - started) / controller.interval
+    run = PHASE[1] * median["gated"] + (1 - PHASE[1]) * median["tailored"]
+    return {
+        "precision": precision,
+        "threads": threads,
         "dense_step_s": median["dense"],
         "gated_over_dense": median["gated"] / median["dense"],
-        "controller_share": control / median["gated"],
-        "ranking_s": ranked,
+        "controller_share": (median["controller"] + ranking) / median["gated"],
         "tailored_over_dense": median["tailored"] / median["dense"],
-        "run_over_dense_run": (share * median["gated"] + (1 - share) * median["tailored"]) / median["dense"],
-        "repeats": options.repeats,
-        **environment("cpu"),
+        "run_over_dense_run": run / median["dense"],
     }
-    for name, value in result.items():
-        print(f"{name:22} {value:.4g}" if isinstance(value, float) else f"{name:22} {value}")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
