@@ -42,6 +42,8 @@ benchmark: $(INSTALLED) ## measure again what the README states (about half an h
 		--widths results/runs/cifar10-jpeg/resnet20-macs50-e15-s0/widths.csv
 	$(BIN)/python benchmarks/training_step.py --network resnet56 --out $(MEASURED)/training_step_resnet56.json \
 		--widths results/runs/cifar10-jpeg/resnet56-macs50-e12-s0/widths.csv
+	$(BIN)/python benchmarks/training_step.py --network resnet56 --out $(MEASURED)/training_step_resnet56_multiples_of_8.json \
+		--widths results/runs/cifar10-jpeg/resnet56-macs50-e12-s0/widths.csv --multiple 8
 	$(BIN)/python benchmarks/tracing_time.py --out $(MEASURED)/tracing_time.json
 	$(BIN)/python benchmarks/input_pipeline.py $(if $(DATA),--data "$(DATA)") --out $(MEASURED)/input_pipeline.json
 	$(BIN)/python benchmarks/zoo_exactness.py --out $(MEASURED)/zoo_exactness.csv

@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", required=True, choices=sorted(set(nets.NETWORKS) - {"small_resnet"}))
     parser.add_argument("--widths", type=Path, required=True, help="widths.csv of a run of this network")
+    parser.add_argument("--multiple", type=int, default=1, help="round the widths to multiples of this, to compare")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--out", type=Path)
@@ -41,7 +42,9 @@ def main() -> None:
     y = torch.randint(10, (options.batch_size,))
     dense = nets.build(options.network, num_classes=10)
     channels = tcp.trace(dense, x[:2])
-    open_units = open_as_in(channels, pd.read_csv(options.widths).set_index("layer")["tailored"])
+    widths = pd.read_csv(options.widths).set_index("layer")["tailored"]
+    widths = ((widths / options.multiple).round() * options.multiple).clip(lower=options.multiple)
+    open_units = open_as_in(channels, widths)
     threads = sorted({1, torch.get_num_threads()})
     rows = [
         measure(dense, channels, open_units, x, y, precision, count, options.repeats)
@@ -53,7 +56,13 @@ def main() -> None:
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     if options.out:
-        result = {"network": options.network, "macs": macs, "batch_size": options.batch_size, "rows": rows}
+        result = {
+            "network": options.network,
+            "macs": macs,
+            "multiple": options.multiple,
+            "batch_size": options.batch_size,
+            "rows": rows,
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result | environment("cpu"), indent=2) + "\n")
 

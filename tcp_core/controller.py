@@ -128,6 +128,8 @@ class Controller:
         """
         if self.frozen:
             return
+        for name in ("importance", "gate", "losing", "refused"):  # where the model went, if it was moved
+            setattr(self, name, getattr(self, name).to(gradient.device))
         finite = gradient.isfinite().all()
         tiny = torch.finfo(torch.float32).tiny
         square = (gradient / gradient.abs().max().clamp(min=tiny)).float().square()  # scaled first: squares overflow

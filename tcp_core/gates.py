@@ -16,14 +16,14 @@ from torch.func import functional_call
 from .channels import Channels, GateSite
 
 
-def gated_parameters(model: nn.Module, sites: Sequence[GateSite], z: Tensor) -> dict[str, Tensor]:
+def gated_parameters(model: nn.Module, sites: Sequence[GateSite], index: Tensor, z: Tensor) -> dict[str, Tensor]:
     """Return the parameters on which gates act, multiplied by their gates; differentiable in both.
 
-    ``z`` is float ``[units]``; the result maps qualified names to tensors, for ``torch.func.functional_call``.
+    ``index`` is all sites' units in one tensor, on the device of ``z``, float ``[units]``; the result maps qualified
+    names to tensors, for ``torch.func.functional_call``.
     """
     open_end = torch.cat([z, z.new_ones(1)])  # index -1, a channel that always stays, reads this one
-    lengths = [len(site.units) for site in sites]
-    gathered = open_end[torch.cat([site.units for site in sites]).to(z.device)].split(lengths)
+    gathered = open_end[index].split([len(site.units) for site in sites])
     parameters = {}
     for site, gate in zip(sites, gathered, strict=True):
         if site.constant:
@@ -51,13 +51,15 @@ class Gated(nn.Module):
         self.model = model
         self.gate = nn.Parameter(torch.ones(channels.units, device=_device(model)))
         self.sites = channels.sites
+        units = torch.cat([site.units for site in self.sites]) if self.sites else torch.zeros(0, dtype=torch.int64)
+        self.register_buffer("index", units.to(self.gate.device), persistent=False)
         self.places = _places(model)
 
     def forward(self, *args, **kwargs):
         """Run the model with gated parameters."""
         if not self.sites:
             return self.model(*args, **kwargs)
-        gated = gated_parameters(self.model, self.sites, self.gate)
+        gated = gated_parameters(self.model, self.sites, self.index, self.gate)
         gated = {place: tensor for name, tensor in gated.items() for place in self.places.get(name, (name,))}
         return functional_call(self.model, gated, args, kwargs, tie_weights=False)
 

@@ -1,6 +1,8 @@
 """Promises about the repository itself: versions, layers, notebooks, results."""
 
 import ast
+import doctest
+import importlib
 import json
 import re
 import subprocess
@@ -78,6 +80,13 @@ def test_conda_users_get_the_versions_of_pyproject():
     assert sorted(from_pip) == sorted([*wanted, "--editable ."])
     assert f"python={project['requires-python'].removeprefix('>=')}" in environment
     assert all(re.fullmatch(r"[\w-]+==[\w.]+", requirement) for requirement in wanted)
+
+
+@pytest.mark.parametrize("name", ["cost", "tracing.codes"])
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(f"tcp_core.{name}")
+    assert doctest.testmod(module).attempted
+    assert not doctest.testmod(module).failed
 
 
 def notebooks():
