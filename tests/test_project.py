@@ -1,6 +1,7 @@
 """Promises about the repository itself: versions, layers, notebooks, results."""
 
 import ast
+import csv
 import doctest
 import importlib
 import json
@@ -199,11 +200,19 @@ def test_committed_runs_are_complete():
     assert not faults, "\n".join(faults)
 
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUN = {"resnet56": "whole tailored run over dense run, ResNet-56", "resnet20": "the same, ResNet-20"}
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def runs_in_readme():
     """Yield the README's table rows that link to a run, with that run's metrics."""
-    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+    for line in README.splitlines():
         if match := re.match(r"\| \[[^\]]+\]\((results/runs/[^)]+)\)", line):
-            yield line, json.loads((ROOT / match[1] / "metrics.json").read_text(encoding="utf-8"))
+            yield line, read_json(ROOT / match[1] / "metrics.json")
 
 
 def test_the_readme_states_what_the_committed_runs_measured():
@@ -216,3 +225,21 @@ def test_the_readme_states_what_the_committed_runs_measured():
             assert f"{metrics[cost] / metrics[f'dense_{cost}']:.2%}".replace("%", " %") in cells, line
         assert f"{metrics['seconds_train']:,.0f}" in cells, line
         assert metrics["git_dirty"] is False
+
+
+@pytest.mark.parametrize("network", ["resnet20", "resnet56"])
+def test_the_readme_states_the_measured_cost_of_a_run(network):
+    row = next(line for line in README.splitlines() if line.endswith("| `training_step.py` |") and RUN[network] in line)
+    for measured in read_json(ROOT / "results" / "benchmarks" / f"training_step_{network}.json")["rows"]:
+        assert f"{measured['run_over_dense_run']:.2f} ({measured['threads']}" in row
+
+
+def test_the_readme_states_what_the_zoo_showed():
+    with (ROOT / "results" / "benchmarks" / "zoo_exactness.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    error = max(float(row["max_relative_error"]) for row in rows)
+    costs = sum(int(row["subsets"]) + 1 for row in rows)
+    mismatches = sum(int(row["cost_mismatches"]) for row in rows)
+    assert f"all {len(rows)} torchvision classifiers" in README
+    assert f"largest difference {error:.1e}".replace("e-0", "e-") in README
+    assert f"{mismatches} of {costs:,} costs" in README
