@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .cost import Budget
-from .data import Images
+from .images import Images
 from .tailor import Report, Tailor
 from .tracing import trace
 
@@ -72,7 +72,7 @@ def fit(
 
     Args:
         model: the dense network, trained or not; it is trained in place until it is made smaller.
-        train: :class:`tcp_core.data.Images`, or any iterable of ``(x, y)`` batches with a length.
+        train: :class:`tcp_core.images.Images`, or any iterable of ``(x, y)`` batches with a length.
         val: the same, for the accuracy after each epoch; never the test images. None leaves it out.
         budget: a :class:`Budget` or dict; None trains the dense network.
         epochs: passes over ``train``.

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tcp_core import data
+from tcp_core.images import crop_and_flip
 
 
 def some_images(count=23, channels=3, height=6, width=5, classes=3, seed=0):
@@ -130,7 +131,7 @@ def test_crop_and_flip_equals_one_image_at_a_time(draw, channels, height, width,
     shift = st.integers(0, 2 * padding)
     shifts = draw.draw(st.lists(st.tuples(shift, shift), min_size=5, max_size=5))
     flips = draw.draw(st.lists(st.booleans(), min_size=5, max_size=5))
-    result = data.crop_and_flip(images.pixels, torch.tensor(shifts), torch.tensor(flips), padding=padding)
+    result = crop_and_flip(images.pixels, torch.tensor(shifts), torch.tensor(flips), padding=padding)
     for index, ((top, left), flip) in enumerate(zip(shifts, flips, strict=True)):
         expected = crop_one(images.pixels[index].numpy(), top, left, flip, padding)
         assert np.array_equal(result[index].numpy(), expected)
