@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 
@@ -129,24 +130,20 @@ def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def compare(model: nn.Module, small: nn.Module, channels: Channels, open_units: Tensor) -> None:
     """Raise RemovalError unless gated ``model`` and ``small`` agree on the traced example, in eval mode."""
     args, kwargs = to_model(channels.example, model)
-    training = {module: module.training for net in (model, small) for module in net.modules()}
     gated = close(model, channels, open_units)
     devices = {p.device for p in model.parameters() if p.is_cuda}
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices), torch.backends.cudnn.flags(allow_tf32=False):
-            gated.eval()
-            small.eval()
-            expected = gated(*args, **kwargs)
-            try:
-                found = small(*args, **kwargs)
-            except Exception as error:
-                raise RemovalError(
-                    f"the smaller network raised {type(error).__name__}: {error}. A size is probably fixed in the "
-                    f"model's code; name the module in ignore=..."
-                ) from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    exact = torch.backends.cudnn.flags(allow_tf32=False)
+    with torch.no_grad(), torch.random.fork_rng(devices), exact, keeping_modes(model, small):
+        gated.eval()
+        small.eval()
+        expected = gated(*args, **kwargs)
+        try:
+            found = small(*args, **kwargs)
+        except Exception as error:
+            raise RemovalError(
+                f"the smaller network raised {type(error).__name__}: {error}. A size is probably fixed in the model's "
+                f"code; name the module in ignore=..."
+            ) from error
     pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
     for a, b in pairs:
         if not isinstance(a, Tensor) or not a.is_floating_point():
@@ -159,6 +156,17 @@ def compare(model: nn.Module, small: nn.Module, channels: Channels, open_units: 
                 f"gated and smaller network differ by {error:.2g} of the largest output; this is a defect in the "
                 f"trace: please report it with the model. Until then, name the modules concerned in ignore=..."
             )
+
+
+@contextlib.contextmanager
+def keeping_modes(*models: nn.Module):
+    """Restore, at the end, each module's own train or eval mode: a batch norm may be in eval mode on purpose."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def to_model(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:

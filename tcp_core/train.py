@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .cost import Budget
 from .images import Images
+from .removal import keeping_modes
 from .tailor import Report, Tailor
 from .tracing import trace
 
@@ -196,19 +197,15 @@ def evaluate(
     """Return ``{"loss", "accuracy"}`` (mean cross-entropy, fraction right) of ``model`` in eval mode on ``images``."""
     _check_precision(precision)
     device = _device(model, device)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     loss, right, seen = 0.0, 0, 0
-    try:
+    with keeping_modes(model):
+        model.eval()
         for x, y in _epochs(images, batch_size, "none", None, device)(0):
             with autocast(device, PRECISIONS[precision]):
                 logits = model(channels_last(x))
             loss += float(F.cross_entropy(logits.float(), y, reduction="sum"))
             right += int((logits.argmax(1) == y).sum())
             seen += len(y)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     if not seen:
         raise ValueError("there are no images to evaluate on; give at least one batch.")
     return {"loss": loss / seen, "accuracy": right / seen}

@@ -3,8 +3,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from torch import nn
 
-from tcp_core import plots, results
+from tcp_core import plots, results, trace
 
 DENSE = {"macs": 40_000_000, "params": 270_000}
 
@@ -96,3 +98,15 @@ def test_missing_columns_are_named():
         plots.cost_figure(frame, budget={"macs": 0.5}, dense=DENSE)
     with pytest.raises(ValueError, match="widths has no rows"):
         plots.widths_figure(widths(0))
+
+
+def test_units_are_drawn_square_by_square():
+    channels = trace(nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3)), torch.randn(1, 1, 8, 8))
+    axes = plots.units_figure(channels, torch.tensor([True, False, True])).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0.weight  outputs", "0.weight  inputs"] + [
+        "2.weight  outputs",
+        "2.weight  inputs",
+    ]
+    numbers = [text.get_text() for text in axes.texts if text.get_text()]
+    assert numbers == ["0", "1", "2", "0", "1", "2"]
+    assert sum(patch.get_facecolor()[:3] == (1, 1, 1) for patch in axes.patches) == 2  # the closed unit, twice

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..channels import Channels, Family
-from ..removal import RemovalError, remove, to_model
+from ..removal import RemovalError, keeping_modes, remove, to_model
 from . import layers, movement
 from .arithmetic import is_pointwise, pointwise
 from .identities import Identities, Rule
@@ -138,18 +138,15 @@ def _failing(model: nn.Module, channels: Channels, closed: Sequence[Tensor], ind
 @contextlib.contextmanager
 def _left_as_found(model: nn.Module):
     """Restore modes, buffers and random state; keep attention on the path that training takes."""
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.is_cuda}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), keeping_modes(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes:
-            module.training = mode
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

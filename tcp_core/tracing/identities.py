@@ -142,7 +142,7 @@ class Identities(TorchDispatchMode):
                     f"the model's output on the example input is not finite in {mode} mode; give an example with "
                     f"finite values and a model that has not diverged."
                 )
-            self._consume(tensor)
+            self.consume(tensor)
             if (codes := self.codes.get(tensor)) is not None:
                 self.outputs.append(labels_in(codes).unique())
 
@@ -157,7 +157,7 @@ class Identities(TorchDispatchMode):
             normalised = args[0] if "batch_norm" in call.name else None
             for tensor in call.tensors:
                 if tensor is not normalised:
-                    self._consume(tensor)
+                    self.consume(tensor)
         self.rule_of(func, call.name)(self, call)
         return out
 
@@ -278,7 +278,7 @@ class Identities(TorchDispatchMode):
             # Products of activations, as in attention: their size does not change, so they are a fixed cost.
             self.constant_macs += flop_registry[packet](*call.args, **call.kwargs, out_val=call.out) // 2
 
-    def _consume(self, tensor: Tensor) -> None:
+    def consume(self, tensor: Tensor) -> None:
         """A layer's raw output is used by something other than a batch norm: the layer itself needs a gate."""
         if (layer := self.raw_outputs.get(tensor)) is not None:
             weight, dim, gate = layer

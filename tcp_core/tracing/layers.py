@@ -79,7 +79,7 @@ def batch_norm(ids: Identities, call: Call) -> None:
         ids.norms[f"{prefix}weight"] = Gate(f"{prefix}bias", labels, constant=True)
     else:
         gated = False  # running statistics may then move zero
-        ids._consume(x)
+        ids.consume(x)
     ids.set(result, along(labels, result, 1, unsafe=int(not gated)))
 
 
