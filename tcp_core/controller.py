@@ -86,6 +86,7 @@ class Controller:
         self.final = self.frozen = False
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
         self.returned = 0
+        self.changed = 0
         self.trajectory: list[dict[str, float]] = []
         self.reported = 0
 
@@ -174,6 +175,7 @@ class Controller:
                 winning = tighten(self.channels, winning, score, targets, self.min_width)
             losing = (~winning).to(self.losing.device)
             self.returned += int((self.losing & ~losing & (self.gate == 0)).sum())
+            self.changed = int((self.losing != losing).sum())
             self.losing = losing
             if ahead >= self.end:
                 # From here on every losing gate has just the time it needs to close by itself.
@@ -218,8 +220,10 @@ class Controller:
                 "losing": int(self.losing.sum()),
                 "closed": int((self.gate == 0).sum()),
                 "returned": self.returned,
+                "changed": self.changed,
             }
         )
+        self.changed = 0
 
     def _warn_refused(self) -> None:
         if (refused := int(self.refused)) > self.reported:
@@ -243,5 +247,5 @@ class Controller:
 
 _STATE = (
     *("step_count", "weights", "importance", "gate", "losing", "strength", "final", "frozen", "refused", "reported"),
-    *("returned", "trajectory"),
+    *("returned", "changed", "trajectory"),
 )

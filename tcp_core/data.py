@@ -48,10 +48,10 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Splits:
-    """The data set of that name ("digits", "cifar10"), or the image folder at that path.
+    """The data set of that name ("digits", "cifar10"), or the one at that path: an image folder, or CIFAR-10.
 
-    root, download: for `cifar10`; size, cache: for `image_folder`; mean, std: for all, those of the
-    training images if None.
+    CIFAR-10 is recognised by the folder cifar-10-batches-py in it. root, download: for `cifar10`;
+    size, cache: for `image_folder`; mean, std: for all, those of the training images if None.
 
     Raises ValueError or FileNotFoundError, saying what to do, if there is no such data set.
     """
@@ -63,6 +63,8 @@ def load(
                 "cifar10 needs root, the folder that holds (or with download=True will hold) cifar-10-batches-py"
             )
         return cifar10(root, download=download, mean=mean, std=std)
+    if (Path(name_or_path) / "cifar-10-batches-py").is_dir():
+        return cifar10(name_or_path, mean=mean, std=std)
     return image_folder(name_or_path, size=size, cache=cache, mean=mean, std=std)
 
 

@@ -182,7 +182,7 @@ def accuracy_figure(
 
     `history` and the optional `dense_history`, of the dense network trained by the same recipe,
     are data frames of runs; `frozen_epoch` marks where the set of kept channels was fixed. `name` is
-    "dense" if `history` is a dense run's.
+    the method that made `history`.
     """
     runs = {name: history} | ({} if dense_history is None else {"dense": dense_history})
     with style():
@@ -190,7 +190,7 @@ def accuracy_figure(
         labels = []
         for name, frame in runs.items():
             require(f"the history of the {name} network", frame, HISTORY)
-            color = TEXT_GREY if name == "dense" else COLORS[name]
+            color = TEXT_GREY if name == "dense" else COLORS.get(name, COLORS["macs"])
             val = 100 * frame["val_accuracy"].to_numpy(float)
             train = 100 * frame["train_accuracy"].to_numpy(float)
             marker = "o" if len(frame) <= 20 else None

@@ -78,6 +78,16 @@ class Tailor(Gated):
         """The units whose gates are not closed, bool ``[units]`` on the CPU."""
         return (self.controller.gate > 0).cpu()
 
+    @property
+    def strength(self) -> float:
+        """How far losing gates move down at each step; 0 once the set is final."""
+        return 0.0 if self.frozen else self.controller.strength
+
+    @property
+    def trajectory(self) -> list[dict[str, float]]:
+        """One dict per re-ranking, see :class:`Controller`."""
+        return self.controller.trajectory
+
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Move the gates; call it after each ``backward()`` (once per optimiser step if gradients are accumulated).
 
@@ -138,7 +148,7 @@ class Tailor(Gated):
             current=current,
             floor=dict(controller.floor),
             utilisation={name: current[name] / bound for name, bound in controller.bounds.items()},
-            strength=0.0 if self.frozen else controller.strength,
+            strength=self.strength,
             step=controller.step_count,
             steps=controller.steps,
             frozen=self.frozen,

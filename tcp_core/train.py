@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .channels import Channels
 from .cost import Budget
 from .images import Images
 from .removal import keeping_modes
@@ -32,7 +33,7 @@ class FitResult:
         history: one row an epoch: epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy, seconds (of training),
             macs, params, open_units, strength. Accuracies are fractions.
         trajectory: one row a re-ranking: step, epoch, macs, params, macs_schedule, params_schedule, strength, losing,
-            closed, returned. Empty without a budget.
+            closed, returned (so far), changed (sides since the last row). Empty without a budget.
         widths: one row a layer: layer, dense, tailored.
         report: requested, delivered, floor and dense cost; see :meth:`tcp_core.Tailor.report`. Empty without a budget.
         frozen_at_step: the step after which the network was tailored, or None.
@@ -51,13 +52,15 @@ def fit(
     train: Images | Iterable,
     val: Images | Iterable | None = None,
     *,
-    budget: Budget | Mapping | None,
+    budget: Budget | Mapping | None = None,
+    prune: Callable[[nn.Module, Channels, int], nn.Module] | None = None,
     epochs: int,
     batch_size: int = 128,
     lr: float = 0.1,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     warmup: float = 0.05,
+    restart: float = 0.0,
     label_smoothing: float = 0.0,
     augment: str = "crop_flip",
     precision: str = "fp32",
@@ -75,8 +78,11 @@ def fit(
         model: the dense network, trained or not; it is trained in place until it is made smaller.
         train: :class:`tcp_core.images.Images`, or any iterable of ``(x, y)`` batches with a length.
         val: the same, for the accuracy after each epoch; never the test images. None leaves it out.
-        budget: a :class:`Budget` or dict; None trains the dense network.
+        budget: a :class:`Budget` or dict; with neither it nor ``prune`` the dense network is trained.
+        prune: another way to make the network smaller, called as ``prune(model, channels, steps)``; it returns what
+            is trained in the model's place, see :func:`tcp_core.baselines.pruner`.
         epochs: passes over ``train``.
+        restart: share of the run after which the learning rate's schedule starts anew, once; 0: it does not.
         weight_decay: of weights with two or more dimensions; batch norms and biases have none.
         augment: "none", "crop" or "crop_flip", for ``Images``.
         precision: "fp32", or "bf16" for autocast.
@@ -90,6 +96,8 @@ def fit(
         FloatingPointError: if the loss is not finite; weights and running statistics are as before that step.
     """
     _check_precision(precision)
+    if not 0 <= restart < 1:
+        raise ValueError(f"restart={restart!r}; it must be a share of the run in [0, 1), 0 for no restart.")
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs={epochs!r}; it must be an int of at least 1.")
     device = _device(model, device)
@@ -102,14 +110,17 @@ def fit(
     steps = epochs * len(batches(0))
     example = next(iter(batches(0)))[0][:2]
     channels = trace(model, example, ignore=tailoring.get("ignore", ()))
-    tailor = None
-    if budget is not None:
-        tailor = Tailor(model, example, budget=budget, steps=steps, channels=channels, **tailoring)
-    elif tailoring:
-        raise TypeError(f"options {sorted(tailoring)} need a budget; without one the dense network is trained.")
-    network = model if tailor is None else tailor
-    optimizer = torch.optim.SGD(_parameter_groups(model, weight_decay), lr=lr, momentum=momentum, nesterov=momentum > 0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup))
+    pruned = _pruned(model, example, channels, steps, budget, prune, tailoring)
+    network = model if pruned is None else pruned
+    groups = _parameter_groups(model if pruned is None else pruned.model, weight_decay)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    again = round(restart * steps)
+
+    def factor(step: int) -> float:
+        """Return the learning rate's factor: one schedule for the whole run, or one before and one after ``again``."""
+        return warmup_cosine(step, again, warmup) if step < again else warmup_cosine(step - again, steps - again, warmup)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     history: list[dict] = []
     frozen_at = None
     for epoch in range(epochs):
@@ -120,13 +131,13 @@ def fit(
             step = epoch * len(batches(0)) + position + 1
             _train_step(network, optimizer, x, y, precision, label_smoothing, trained, step)
             schedule.step()
-            if tailor is not None:
-                tailor.step(optimizer)
-                if tailor.frozen and frozen_at is None:
+            if pruned is not None:
+                pruned.step(optimizer)
+                if pruned.frozen and frozen_at is None:
                     frozen_at = step
         seconds = time.perf_counter() - started
         measured = evaluate(network, val, precision=precision, device=device) if val is not None else {}
-        open_units = torch.ones(channels.units, dtype=torch.bool) if tailor is None else tailor.open_units
+        open_units = torch.ones(channels.units, dtype=torch.bool) if pruned is None else pruned.open_units
         row = {
             "epoch": epoch + 1,
             "lr": schedule.get_last_lr()[0],
@@ -137,21 +148,33 @@ def fit(
             "seconds": seconds,
             **channels.cost(open_units),
             "open_units": int(open_units.sum()),
-            "strength": 0.0 if tailor is None or tailor.frozen else tailor.controller.strength,
+            "strength": 0.0 if pruned is None else pruned.strength,
         }
         history.append(row)
         if on_epoch is not None:
             on_epoch(row)
     widths = pd.DataFrame({"layer": channels.widths().keys(), "dense": channels.widths().values()})
-    if tailor is None:
+    if pruned is None:
         widths["tailored"] = widths["dense"]
         return FitResult(model, pd.DataFrame(history), pd.DataFrame(), widths)
-    small = tailor.finish(optimizer)
-    report = tailor.report()
+    small = pruned.finish(optimizer)
+    report = pruned.report()
     widths["tailored"] = widths["layer"].map(report["widths"])
-    trajectory = pd.DataFrame(tailor.controller.trajectory)
-    trajectory.insert(1, "epoch", trajectory["step"] / (steps / epochs))
+    trajectory = pd.DataFrame(pruned.trajectory)
+    if len(trajectory):
+        trajectory.insert(1, "epoch", trajectory["step"] / (steps / epochs))
     return FitResult(small, pd.DataFrame(history), trajectory, widths, report, frozen_at)
+
+
+def _pruned(model, example, channels: Channels, steps: int, budget, prune, tailoring: dict) -> nn.Module | None:
+    """Return what makes the network smaller and is called in its place; None to train it as it is."""
+    if budget is not None and prune is not None:
+        raise TypeError("give budget or prune, not both: prune brings its own budget.")
+    if budget is not None:
+        return Tailor(model, example, budget=budget, steps=steps, channels=channels, **tailoring)
+    if tailoring:
+        raise TypeError(f"options {sorted(tailoring)} need a budget; without one the dense network is trained.")
+    return None if prune is None else prune(model, channels, steps)
 
 
 def _train_step(

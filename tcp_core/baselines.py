@@ -1,0 +1,547 @@
+"""Other ways to a network within a budget, on the same trace, cost, removal and training loop.
+
+In :func:`tcp_core.fit`: ``fit(model, train, val, prune=pruner("taylor", {"macs": 0.5}, train=train), epochs=15)``. In a
+loop of your own a comparator takes the place of the model, as :class:`tcp_core.Tailor` does:
+
+    >>> channels = tcp_core.trace(model, images[:2])  # doctest: +SKIP
+    >>> network = pruner("taylor", {"macs": 0.5}, train=loader)(model, channels, steps)  # doctest: +SKIP
+    >>> optimizer = torch.optim.SGD(network.model.parameters(), lr=0.1)  # doctest: +SKIP
+    >>> for x, y in loader:  # doctest: +SKIP
+    ...     loss = loss_fn(network(x), y)
+    ...     optimizer.zero_grad(); loss.backward(); optimizer.step()
+    ...     network.step(optimizer)
+    >>> small = network.finish()  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .channels import Channels
+from .controller import MIN_PHASE_STEPS, Controller
+from .cost import Budget, BudgetError
+from .gates import Gated, gated_parameters
+from .images import Images
+from .removal import check_same_model, keeping_modes, remove, to_model
+from .selection import fill, tighten
+from .tailor import Report
+from .train import PRECISIONS, _epochs, autocast, channels_last
+
+METHODS = (
+    *("uniform_l1", "global_l1", "slimming", "taylor", "random"),
+    *("fixed_strength", "small", "torch_pruning"),
+)
+
+REACH = 16.0
+"""How far a gradient of root mean square size moves a gate of "fixed_strength" in all steps before it prunes."""
+
+Score = Callable[[nn.Module, Controller], Tensor]
+
+
+def pruner(
+    method: str,
+    budget: Budget | Mapping,
+    *,
+    train: Images | Iterable = (),
+    at: float = 0.0,
+    batches: int = 100,
+    batch_size: int = 128,
+    augment: str = "crop_flip",
+    precision: str = "fp32",
+    seed: int = 0,
+    strength: float | None = None,
+    min_width: int = 1,
+) -> Callable[[nn.Module, Channels, int], OneShot]:
+    """Return what ``fit(prune=...)`` takes: a function of (model, channels, steps) that gives the network to train.
+
+    Args:
+        method: one of ``METHODS``, described at the function or class of that name; "small" has the widths of
+            "uniform_l1" and fresh weights.
+        budget: the bounds to meet, as in :class:`tcp_core.Tailor`.
+        train: images or batches on which "taylor" measures; no other method needs them.
+        at: the share of the run after which the network is made smaller; 0: before the first step.
+        batches: how many batches "taylor" averages over.
+        batch_size, augment, precision: of these batches, as in :func:`tcp_core.fit`.
+        seed: of "random", of "small" and of the order of these batches.
+        strength: of the sparsity training of "slimming" (1e-4 by default) and "fixed_strength" (0.1).
+        min_width: the fewest units that stay in each family; "torch_pruning" keeps one.
+
+    Raises:
+        ValueError: for an unknown method, or a share at which it cannot prune.
+        ImportError: for "torch_pruning", if that library is not installed.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}; it must be one of {', '.join(METHODS)}.")
+    if not 0 <= at < 1:
+        raise ValueError(f"at={at!r}; it must be a share of the run in [0, 1), 0 to prune before the first step.")
+    if method == "fixed_strength" and at == 0:
+        raise ValueError("fixed_strength needs steps in which gates can close; give at > 0, for example at=0.3.")
+    if method == "small" and at > 0:
+        raise ValueError(f"small starts with fresh weights, nothing is to be trained before; give at=0, not {at}.")
+    if method == "torch_pruning" and importlib.util.find_spec("torch_pruning") is None:
+        raise ImportError("torch_pruning is a library that is not installed here: pip install torch-pruning")
+
+    def measured_on(device: torch.device) -> Iterable:
+        epochs = map(_epochs(train, batch_size, augment, seed, device), range(batches))
+        return itertools.islice(itertools.chain.from_iterable(epochs), batches)
+
+    scores = {
+        "uniform_l1": uniform_l1,
+        "global_l1": global_l1,
+        "slimming": slimming,
+        "taylor": partial(taylor, batches=measured_on, precision=precision),
+        "random": partial(random, seed=seed),
+        "small": uniform_l1,
+        "torch_pruning": torch_pruning,
+    }
+
+    def prune(model: nn.Module, channels: Channels, steps: int) -> OneShot:
+        options = {"steps": steps, "at": at, "min_width": min_width}
+        if method == "fixed_strength":
+            return FixedStrength(model, channels, budget, strength=0.1 if strength is None else strength, **options)
+        if method == "slimming":
+            options["shrink"] = partial(shrink_scales, strength=1e-4 if strength is None else strength)
+        return OneShot(model, channels, budget, scores[method], fresh=seed if method == "small" else None, **options)
+
+    return prune
+
+
+class OneShot(nn.Module):
+    """A network that is trained dense until it loses, at one step, all units that do not fit; call it as the model.
+
+    Options are those of :func:`pruner`, and ``score``, a function of (model, limits) that gives the units' scores,
+    float64 ``[units]``, the higher stays, or the units that stay, bool ``[units]``; ``shrink``, called as
+    ``shrink(model, channels, optimizer)`` after each step until then; ``fresh``, the seed of new weights for the
+    smaller network. ``limits`` is a :class:`Controller`, which knows channels, bounds and prices.
+
+    Attributes:
+        model: the network as it is now, whose parameters the optimiser holds.
+        largest_gate_removed: 1 if anything was cut, as it was fully open; None before, and with fresh weights.
+        cost_before_fill: what sparsity training had left open by itself; None where there is none.
+        trajectory, strength: as in :class:`tcp_core.Tailor`; empty and 0 here.
+
+    Raises:
+        BudgetError: if the budget is malformed or below the lowest feasible cost.
+    """
+
+    strength = 0.0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        channels: Channels,
+        budget: Budget | Mapping,
+        score: Score,
+        *,
+        steps: int,
+        at: float,
+        min_width: int = 1,
+        shrink: Callable[[nn.Module, Channels, torch.optim.Optimizer], None] | None = None,
+        fresh: int | None = None,
+    ) -> None:
+        check_same_model(model, channels)
+        super().__init__()
+        self.model, self.channels, self.budget, self.score = model, channels, Budget.of(budget), score
+        # A controller that never takes a step: it resolves and checks the budget as it does for Tailor.
+        self.limits = Controller(channels, budget, steps=100 * MIN_PHASE_STEPS, min_width=min_width)
+        self.steps, self.prune_step, self.step_count = steps, round(at * steps), 0
+        self.shrink, self.fresh = shrink, fresh
+        self.kept: Tensor | None = None
+        self.largest_gate_removed: float | None = None
+        self.cost_before_fill: dict[str, int] | None = None
+        self.trajectory: list[dict[str, float]] = []
+        if self.prune_step == 0:
+            self._prune(None)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the network has been made smaller."""
+        return self.kept is not None
+
+    @property
+    def open_units(self) -> Tensor:
+        """The units that are left, bool ``[units]`` on the CPU."""
+        return torch.ones(self.channels.units, dtype=torch.bool) if self.kept is None else self.kept
+
+    def forward(self, *args, **kwargs):
+        """Run the network as it is now."""
+        return self.model(*args, **kwargs)
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Make the network smaller when it is time, the optimiser's state carried along; call it after each
+        ``optimizer.step()``. RuntimeError without ``optimizer`` before that.
+        """
+        self.step_count += 1
+        if self.frozen:
+            return
+        if optimizer is None:
+            raise RuntimeError("step() needs the optimizer until the network is made smaller: call step(optimizer).")
+        self._sparsify(optimizer)
+        if self.step_count >= self.prune_step:
+            self._prune(optimizer)
+
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+        """Return the smaller network, a plain module; RuntimeError before there is one."""
+        if not self.frozen:
+            raise RuntimeError(
+                f"finish() after {self.step_count} of {self.steps} steps, but the network is made smaller after step "
+                f"{self.prune_step}: train on, or construct it with the number of steps you really take."
+            )
+        return self.model
+
+    def report(self) -> Report:
+        """Return what :meth:`tcp_core.Tailor.report` returns, and ``cost_before_fill``."""
+        current = self.channels.cost(self.open_units)
+        return Report(
+            requested=self.budget.as_dict(),
+            bounds=dict(self.limits.bounds),
+            dense=dict(self.limits.dense),
+            current=current,
+            floor=dict(self.limits.floor),
+            utilisation={name: current[name] / bound for name, bound in self.limits.bounds.items()},
+            strength=self.strength,
+            step=self.step_count,
+            steps=self.steps,
+            frozen=self.frozen,
+            refused_steps=0,
+            largest_gate_removed=self.largest_gate_removed,
+            widths=self.channels.widths(self.open_units),
+            dense_widths=self.channels.widths(),
+            unknown=self.channels.unknown,
+            cost_before_fill=self.cost_before_fill,
+        )
+
+    def _sparsify(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.shrink is not None:
+            self.shrink(self.model, self.channels, optimizer)
+
+    def _choose(self) -> Tensor:
+        score = self.score(self.model, self.limits).cpu()
+        if score.dtype == torch.bool:
+            return score
+        if score.isnan().any():
+            raise FloatingPointError(
+                "a unit's score is not a number: weights or gradients of the model are not finite."
+            )
+        bounds, min_width = self.limits.bounds, self.limits.min_width
+        winning = fill(self.channels, score, bounds, min_width)
+        return tighten(self.channels, winning, score, bounds, min_width)
+
+    def _prune(self, optimizer: torch.optim.Optimizer | None) -> None:
+        kept = self._choose()
+        self.model = remove(self.model, self.channels, kept, optimizer)
+        self.kept = kept
+        if self.fresh is None:
+            self.largest_gate_removed = float((~kept).any())
+        else:
+            start_anew(self.model, self.fresh)
+
+
+class FixedStrength(OneShot):
+    """What adaptation buys: gates under an L1 penalty of constant strength that knows no cost, cut to the budget.
+
+    After each optimiser step every gate takes a proximal gradient step, ``gate - rate * (gradient / scale + penalty)``
+    kept within [0, 1]. ``scale`` is the running root mean square of all gates' gradients, the penalty (``strength`` of
+    :func:`pruner`) is in units of it, and ``rate`` is ``REACH`` over the steps before pruning. The best ``min_width``
+    units of each family are not pushed. When it is time, ``cost_before_fill`` says what the open units cost, and the
+    budget is filled by gate, then by importance. Gates that stay are multiplied into the weights (but for batch norms
+    without affine parameters), and units that had closed open again if there is room. Options as in :class:`OneShot`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        channels: Channels,
+        budget: Budget | Mapping,
+        *,
+        steps: int,
+        at: float,
+        strength: float,
+        min_width: int = 1,
+    ) -> None:
+        if round(at * steps) < 1:
+            raise ValueError(f"fixed_strength has no step before it prunes; got at={at} of {steps} steps, raise at.")
+        super().__init__(model, channels, budget, self._by_gate, steps=steps, at=at, min_width=min_width)
+        self.gated, self.penalty, self.returned = Gated(model, channels), strength, 0
+        gate = self.gated.gate.detach()
+        start = {"gate": gate.clone(), "importance": gate * 0, "mean_square": gate.new_zeros(()), "pushed": gate > 0}
+        for name, value in start.items():
+            self.register_buffer(name, value, persistent=False)
+
+    @property
+    def strength(self) -> float:
+        """How far a gate that nothing holds moves down at each step."""
+        return 0.0 if self.frozen else self.penalty * REACH / self.prune_step
+
+    @property
+    def open_units(self) -> Tensor:
+        """The units whose gates are not closed, bool ``[units]`` on the CPU."""
+        return (self.gate > 0).cpu() if self.kept is None else self.kept
+
+    def forward(self, *args, **kwargs):
+        """Run the gated network, later the smaller one."""
+        return (self.model if self.frozen else self.gated)(*args, **kwargs)
+
+    def _sparsify(self, optimizer: torch.optim.Optimizer) -> None:
+        if (gradient := self.gated.gate.grad) is None:
+            raise RuntimeError("step() found no gradient of the gates: call it after a backward pass through it.")
+        if (self.step_count - 1) % max(1, self.prune_step // 100) == 0:
+            self._record()
+        gradient = gradient.nan_to_num(0, 0, 0)
+        self.importance = 0.99 * self.importance + 0.01 * _squared(gradient)
+        self.mean_square = 0.99 * self.mean_square + 0.01 * gradient.square().mean()
+        scale = (self.mean_square / (1 - 0.99**self.step_count)).sqrt().clamp(min=torch.finfo(gradient.dtype).tiny)
+        moved = self.gate - REACH / self.prune_step * (gradient / scale + self.penalty)
+        moved = torch.where(self.pushed, moved.clamp(0, 1), self.gate)
+        self.returned = self.returned + ((self.gate == 0) & (moved > 0)).sum()
+        self.gate = moved
+        self.gated.gate.grad = None
+        self.gated.gate.data.copy_(self.gate)  # whatever an optimiser that holds the gates did to them is undone
+
+    def _record(self) -> None:
+        place = self._by_gate()
+        pushed = self.channels.prunable.clone()
+        for family in self.channels.families:
+            pushed[family.units[place[family.units].argsort(descending=True)[: self.limits.min_width]]] = False
+        self.pushed = pushed.to(self.gate.device)
+        row = {"step": self.step_count - 1, **self.channels.cost(self.open_units)}
+        row |= {"macs_schedule": math.nan, "params_schedule": math.nan, "strength": self.strength}
+        closed = int((self.gate == 0).sum())
+        self.trajectory.append({**row, "losing": int(pushed.sum()), "closed": closed, "returned": int(self.returned)})
+
+    def _by_gate(self, *_) -> Tensor:
+        """Return each unit's place, float64 ``[units]``, in the order of gates, then of importance."""
+        order = self.importance.cpu().argsort(stable=True)
+        order = order[self.gate.cpu()[order].argsort(stable=True)]
+        return torch.empty(len(order), dtype=torch.float64).index_copy(0, order, torch.arange(len(order)).double())
+
+    def _choose(self) -> Tensor:
+        kept = super()._choose()
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            left = self.gate.where(self.gate > 0, 1.0)
+            for name, value in gated_parameters(self.model, self.gated.sites, self.gated.index, left).items():
+                if name in parameters:
+                    parameters[name].copy_(value)
+        return kept
+
+    def _prune(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self.cost_before_fill = self.channels.cost(self.open_units)
+        super()._prune(optimizer)
+        self.largest_gate_removed = float(self.gate.cpu()[~self.kept].amax()) if (~self.kept).any() else 0.0
+        self.gated = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def uniform_l1(model: nn.Module, limits: Controller) -> Tensor:
+    """Return scores by which every family keeps the same share, its units with the largest L1 norm (Li et al., 2017).
+
+    Widths do not depend on the weights: of two families at the same share the first comes first.
+    """
+    norm = _l1(model, limits.channels)[0]
+    score = torch.zeros_like(norm)
+    for position, family in enumerate(limits.channels.families):
+        order = family.units[norm[family.units].argsort(descending=True, stable=True)]
+        score[order] = 1 - torch.arange(len(order)).double() / len(order) - 1e-9 * position
+    return score
+
+
+def global_l1(model: nn.Module, limits: Controller) -> Tensor:
+    """Return the mean absolute weight of each unit's filters, to be ranked over the whole network."""
+    total, entries = _l1(model, limits.channels)
+    return total / entries.clamp(min=1)
+
+
+def slimming(model: nn.Module, limits: Controller) -> Tensor:
+    """Return the mean absolute scale of each unit's batch norms (Liu et al., 2017); infinite where there is none.
+
+    It goes with :func:`shrink_scales`; pruned at the start of a run (``at=0``) it is the plain ranking by scale.
+    """
+    total, count = torch.zeros(2, limits.channels.units, dtype=torch.float64)
+    for scale, units in _scales(model, limits.channels):
+        inside = units >= 0
+        total.index_add_(0, units[inside], scale.detach().abs().double().cpu()[inside])
+        count += units[inside].bincount(minlength=len(count))
+    return (total / count).where(count > 0, torch.inf)
+
+
+def taylor(
+    model: nn.Module, limits: Controller, *, batches: Callable[[torch.device], Iterable], precision: str = "fp32"
+) -> Tensor:
+    """Return importance per marginal cost of the dense network: the controller's score, measured once.
+
+    Importance is the mean over ``batches(device)`` of the squared gradient of the loss with respect to each gate
+    (Molchanov et al., 2019), in train mode; gradients, running statistics and random numbers stay as they were.
+    """
+    gated = Gated(model, limits.channels)
+    device = gated.gate.device
+    importance = torch.zeros_like(gated.gate, dtype=torch.float64)
+    statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with keeping_modes(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        model.train()
+        for x, y in batches(device):
+            with autocast(device, PRECISIONS[precision]):
+                logits = gated(channels_last(x))
+            (gradient,) = torch.autograd.grad(F.cross_entropy(logits.float(), y), gated.gate)
+            importance += _squared(gradient)
+    for buffer, value in statistics:
+        buffer.copy_(value)
+    if not importance.any():
+        raise ValueError("taylor found no gradient of the gates to rank by; give training images as train=...")
+    limits.importance = importance
+    return limits.score()
+
+
+def random(model: nn.Module, limits: Controller, *, seed: int) -> Tensor:
+    """Return random scores."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(limits.channels.units, dtype=torch.float64, generator=generator)
+
+
+def torch_pruning(model: nn.Module, limits: Controller) -> Tensor:
+    """Return the units that Torch-Pruning's GroupNormPruner leaves (Fang et al., 2023), bool ``[units]``.
+
+    Global ranking by group L2 norm. The pruning ratio, which is all it takes, is found by bisection so that the cost is
+    within all bounds; it does not fill a budget, so some is left over.
+
+    Torch-Pruning 1.6.1 takes a zero-padded shortcut for one that moves no channels, and the network it makes does not
+    run: layers of such streams, and those with channels that must stay, are named to it as ignored. It cuts inside the
+    groups of grouped convolutions, which is refused with a ValueError.
+    """
+    import torch_pruning as tp
+
+    channels = limits.channels
+    model = copy.deepcopy(model).cpu().requires_grad_(True)
+    modules = dict(model.named_modules())
+    names = {module: name for name, module in modules.items()}
+    layers = {layer.name: layer for layer in channels.layers}
+    ignored = [modules[name] for name in _ignored(channels)]
+    example = to_model(channels.example, model)[0]
+
+    def left(ratio: float) -> Tensor:
+        found = tp.pruner.GroupNormPruner(
+            model,
+            example,
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            global_pruning=True,
+            pruning_ratio=ratio,
+            ignored_layers=ignored,
+            **{name: {} for name in ("in_channel_groups", "out_channel_groups", "num_heads")},  # else shared by all
+        )
+        open_units = torch.ones(channels.units, dtype=torch.bool)
+        for group in found.step(interactive=True):
+            layer = layers[names[group[0].dep.target.module]]
+            units = layer.out_units[group[0].idxs]
+            if torch.isin(layer.out_units, units).sum() != len(units):
+                raise ValueError(f"Torch-Pruning cuts inside the groups of {layer.name}, which cannot be compared.")
+            open_units[units] = False
+        return open_units
+
+    best, used, low, high = None, 0.0, 0.0, 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own: torch.jit and mutable defaults
+        for _ in range(12):
+            middle = (low + high) / 2
+            open_units = left(middle)
+            cost = channels.cost_model.exact(open_units)
+            share = max(cost[name] / bound for name, bound in limits.bounds.items())
+            low, high = (low, middle) if share <= 1 else (middle, high)
+            if used < share <= 1:
+                best, used = open_units, share
+    if best is None:
+        raise BudgetError(f"Torch-Pruning finds no network within {limits.bounds} at any ratio; give a larger budget.")
+    return best
+
+
+def _ignored(channels: Channels) -> set[str]:
+    """Return the layers of which a channel must stay or passes a zero padding of channels."""
+    kept, names = ~channels.prunable, None
+    for padding in channels.paddings:
+        units = torch.cat([padding.before, padding.after])
+        kept[units[units >= 0]] = True
+    # Paddings join streams: what shares a unit with an ignored layer is of the same stream.
+    while names != (names := {x.name for x in channels.layers if (x.out_units < 0).any() or kept[x.out_units].any()}):
+        for layer in channels.layers:
+            if layer.name in names:
+                kept[layer.out_units[layer.out_units >= 0]] = True
+    return names
+
+
+def _l1(model: nn.Module, channels: Channels) -> tuple[Tensor, Tensor]:
+    """Return the sum of absolute weights of all filters that make a unit, and their number; float64 ``[units]``."""
+    total, entries = torch.zeros(2, channels.units, dtype=torch.float64)
+    for layer in channels.layers:
+        weight, units = model.get_parameter(layer.weight).detach().abs().double().cpu(), layer.out_units
+        dims = [d for d, at in enumerate(channels.slots.get(layer.weight, ())) if at is not None and at.equal(units)]
+        if dims:
+            filters, inside = weight.movedim(dims[0], 0).flatten(1), units >= 0
+            total.index_add_(0, units[inside], filters.sum(1)[inside])
+            entries += filters.shape[1] * units[inside].bincount(minlength=len(entries))
+    return total, entries
+
+
+def _scales(model: nn.Module, channels: Channels) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return the batch norm scales that carry units, and the unit of each entry."""
+    found = []
+    for name, module in model.named_modules():
+        units = channels.slots.get(f"{name}.weight", (None,))[0]
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None and units is not None:
+            found.append((module.weight, units))
+    return found
+
+
+def _squared(gradient: Tensor) -> Tensor:
+    """Return the squares, of sum 1, as in the controller: every batch counts the same."""
+    tiny = torch.finfo(torch.float32).tiny
+    square = (gradient / gradient.abs().max().clamp(min=tiny)).square()
+    return square / square.sum().clamp(min=tiny)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the network is made smaller, and after
+
+
+@torch.no_grad()
+def shrink_scales(model: nn.Module, channels: Channels, optimizer: torch.optim.Optimizer, *, strength: float) -> None:
+    """Take the L1 penalty's step on all batch norm scales (Liu et al., 2017, who add it to their gradients).
+
+    It follows the optimiser's step, as a soft threshold of ``lr * strength / (1 - momentum)``: as far as a constant
+    gradient of that size moves a scale in the long run.
+    """
+    of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for scale, _ in _scales(model, channels):
+        if (group := of.get(id(scale))) is not None:
+            scale.copy_(F.softshrink(scale, group["lr"] * strength / (1 - group.get("momentum", 0.0))))
+
+
+@torch.no_grad()
+def start_anew(model: nn.Module, seed: int) -> None:
+    """Draw all weights of ``model`` again, from ``seed``; running statistics are reset.
+
+    Every module draws its own; convolutions and linear layers then get N(0, 2 / fan_in), as in :mod:`tcp_core.nets`,
+    and zero biases. ValueError names a module that has parameters but no ``reset_parameters``.
+    """
+    with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
+        torch.manual_seed(seed)
+        for name, module in model.named_modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            elif next(module.parameters(recurse=False), None) is not None:
+                raise ValueError(f"{name!r} ({type(module).__name__}) needs a reset_parameters() to start anew.")
+            if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)

@@ -1,0 +1,428 @@
+"""A declaration: a YAML file that names a notebook, fixed values and grids, and the runs that it stands for.
+
+`read` refuses whatever is wrong, all at once and before anything runs; docs/experiments.md describes the format.
+"""
+
+import ast
+import difflib
+import fcntl
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import nbformat
+import torch
+import yaml
+from PIL import Image
+
+from . import baselines, images, nets, results, train
+from .controller import Controller
+from .data import SUFFIXES
+from .tracing import trace
+
+ALLOWED = {
+    "network": tuple(sorted(nets.NETWORKS)),
+    "method": ("tailored", "dense", *baselines.METHODS),
+    "precision": tuple(train.PRECISIONS),
+    "augment": images.AUGMENTATIONS,
+}
+RANGES = {
+    **dict.fromkeys(("macs", "params", "prune_at"), (0, 1)),
+    **dict.fromkeys(("epochs", "batch_size"), (1, 10**9)),
+    **dict.fromkeys(("lr", "weight_decay", "size", "val_images", "seed", "threads"), (0, 10**9)),
+}
+BUDGETS = ("macs", "params")
+KNOWN = {"digits": ((1, 8, 8), 10), "cifar10": ((3, 32, 32), 10)}  # shape of an image, classes
+PLACES = {"data": "the key `data` of the declaration and DATA=...", "out": "RUNS=..."}
+NETWORK, LOCK = "network.safetensors", ".lock"
+TORCHVISION = "cifar-10-batches-py"
+
+
+class DeclarationError(ValueError):
+    """All that is wrong with a declaration; `problems` has one text for each."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("\n- ".join([f"{len(problems)} problem(s), nothing was run:", *problems]))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One declared run.
+
+    key: `<experiment>/<what tells it from the others>`; declared: the values it was declared with; values: these and
+    the notebook's defaults; params: what the notebook is given, with the places of this machine; folder: of its
+    results; needs: key of the run whose network it starts from, or None.
+    """
+
+    key: str
+    declared: dict
+    values: dict
+    params: dict
+    folder: Path
+    needs: str | None
+
+    def is_done(self) -> bool:
+        """Say whether its results are there."""
+        return results.is_done(self.folder)
+
+    def is_running(self) -> bool:
+        """Say whether a process holds its lock."""
+        try:
+            with open(self.folder / LOCK, "r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (FileNotFoundError, BlockingIOError) as error:
+            return isinstance(error, BlockingIOError)
+        return False
+
+    def budget(self) -> dict[str, float]:
+        """Return the costs that are bounded, as fractions of the dense network's."""
+        return {name: self.values[name] for name in BUDGETS if self.values.get(name)}
+
+    def disagreements(self) -> list[str]:
+        """Say in what its finished results differ from what is declared; places of other machines do not count."""
+        recorded = json.loads((self.folder / "params.json").read_text(encoding="utf-8"))
+        faults = []
+        for name, value in self.declared.items():
+            there = recorded.get(name, "nothing")
+            if name == "weights" and value:  # recorded as file and its folder, which is another one on each machine
+                value = "/".join(Path(self.params["weights"]).parts[-2:]) if self.needs else value.partition(":")[2]
+                there = "/".join(str(there).split("/")[-len(value.split("/")) :])
+            if there != value:
+                faults.append(
+                    f"{self.folder}: {name} is {value!r} in the declaration and {there!r} in the finished run's "
+                    "params.json; rename or delete that folder, or choose another place with RUNS=..."
+                )
+        return faults
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A declaration that was found right: its runs by key, and what this machine lacks to execute them."""
+
+    path: Path
+    notebook: Path
+    runs: dict[str, Run]
+    missing: list[str]
+
+    @property
+    def executed(self) -> Path:
+        """Folder of the executed notebooks and their logs."""
+        return _project(self.path) / "build" / "executed" / self.path.stem
+
+    def todo(self) -> dict[str, Run]:
+        """Return the runs that are not done, and those done whose network is gone but needed by one that is not."""
+        found = {key for key, run in self.runs.items() if not run.is_done()}
+        waiting = list(found)
+        while waiting:
+            needed = self.runs[waiting.pop()].needs
+            if needed and needed not in found and not (self.runs[needed].folder / NETWORK).exists():
+                found.add(needed)
+                waiting.append(needed)
+        return {key: run for key, run in self.runs.items() if key in found}
+
+
+def read(
+    path: str | Path,
+    *,
+    data: str | Path | None = None,
+    weights: str | Path | None = None,
+    runs: str | Path | None = None,
+    places: bool = True,
+    budgets: bool = True,
+) -> Declaration:
+    """Return the runs that a YAML file, or experiments/<name>.yaml, declares.
+
+    Args:
+        path: the file, or its name.
+        data: where the declared images lie on this machine.
+        weights: folder of the weights declared as "file:...".
+        runs: folder of all results, build/runs if None.
+        places: False to list runs for which data or weights are not at hand; `missing` then says what is not.
+        budgets: False to leave out the comparison of budgets with the networks' floors, which takes seconds.
+
+    Raises:
+        DeclarationError: with all problems, each with file, key, what was given and what is allowed.
+    """
+    return _Reader(path, data, weights, runs).declaration(places, budgets)
+
+
+class _Reader:
+    """Reads one file and collects all that is wrong with it."""
+
+    def __init__(self, path, data, weights, runs):
+        self.path = path_of(path)
+        project = _project(self.path)
+        self.folder = Path(runs).expanduser().absolute() if runs else project / "build" / "runs"
+        self.images = Path(data).expanduser().absolute() if data else None
+        self.weights = Path(weights).expanduser().absolute() if weights else None
+        self.problems: list[str] = []
+
+    def say(self, key: str, text: str) -> None:
+        self.problems.append(f"{self.path.name}: {key}: {text}")
+
+    def stop(self) -> None:
+        if self.problems:
+            raise DeclarationError(self.problems)
+
+    def declaration(self, places: bool, budgets: bool) -> Declaration:
+        content = self.load()
+        self.data = content["data"]
+        self.notebook = _project(self.path) / "notebooks" / f"{content['notebook']}.ipynb"
+        self.defaults = self.parameters()
+        fixed = self.values("fixed", content.get("fixed", {}))
+        runs: dict[str, Run] = {}
+        for name, body in content["experiments"].items():
+            for run in self.experiment(name, body, fixed):
+                if run.key in runs:
+                    self.say(run.key, "two runs have this key; a value of a grid that is written as a list, such as [0], is part of it")
+                runs[run.key] = run
+        self.stop()
+        for run in runs.values():
+            self.check(run, runs)
+        self.stop()
+        declaration = Declaration(self.path, self.notebook, runs, [])
+        todo = declaration.todo()
+        declaration.missing.extend(self.missing(todo))
+        if places:
+            self.problems += [f"{self.path.name}: {text}" for text in declaration.missing]
+        if budgets:
+            self.check_budgets(todo)
+        self.stop()
+        return declaration
+
+    def load(self) -> dict:
+        """Return the file's content, its outermost level checked."""
+        if not self.path.is_file():
+            there = ", ".join(sorted(path.stem for path in self.path.parent.glob("*.yaml"))) or "none"
+            raise DeclarationError([f"there is no {self.path}; declarations in this folder: {there}"])
+        try:
+            content = yaml.load(self.path.read_text(encoding="utf-8"), Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise DeclarationError([f"{self.path} is not valid YAML: {error}"]) from None
+        types = {"data": str, "notebook": str, "experiments": dict, "fixed": dict}
+        content = content if isinstance(content, dict) else {}
+        for key in content.keys() - types.keys():
+            self.say(str(key), f"unknown key{_nearest(key, types)}; allowed are {', '.join(types)}")
+        for key, kind in types.items():
+            if key in content or key != "fixed":
+                given = content.get(key)
+                if not isinstance(given, kind) or not (given or key == "fixed"):
+                    self.say(key, f"{given!r} given; a {'mapping' if kind is dict else 'text'} is needed")
+        self.stop()
+        return content
+
+    def parameters(self) -> dict:
+        """Return the notebook's parameters and their defaults, in the notebook's order."""
+        if not self.notebook.exists():
+            there = sorted(path.stem for path in self.notebook.parent.glob("*.ipynb"))
+            near = _nearest(self.notebook.stem, there)
+            self.say("notebook", f"there is no {self.notebook}{near}; in its folder: {', '.join(there)}")
+            self.stop()
+        cells = nbformat.read(self.notebook, as_version=4).cells
+        source = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())]
+        lines = ast.parse(source[0] if source else "").body
+        found = {line.target.id: ast.literal_eval(line.value) for line in lines if isinstance(line, ast.AnnAssign)}
+        for name in PLACES.keys() - found.keys():
+            self.say("notebook", f"{self.notebook} lacks the parameter {name!r}, which every run is given")
+        self.stop()
+        return found
+
+    def values(self, where: str, given, *, lists: bool = False) -> dict:
+        """Return a mapping of parameters to values, or to lists of them, with what is wrong in it left out."""
+        if not isinstance(given, Mapping):
+            self.say(where, f"{given!r} given; a mapping of parameters to {'lists of ' * lists}values is needed")
+            return {}
+        found = {}
+        for name, entry in given.items():
+            key = f"{where}.{name}"
+            entries = entry if isinstance(entry, list) and lists else [entry]
+            if name in PLACES:
+                self.say(key, f"{entry!r} given; this is set by {PLACES[name]}")
+            elif name not in self.defaults:
+                known = [name for name in self.defaults if name not in PLACES]
+                self.say(key, f"unknown parameter{_nearest(name, known)}; {self.notebook.stem} has {', '.join(known)}")
+            elif not entries:
+                self.say(key, "an empty list makes no run; give at least one value")
+            elif all(list(map(partial(self.is_right, key, name), entries))):
+                entries = [type(self.defaults[name])(value) for value in entries]  # an int may stand for a float
+                found[name] = entries if lists else entries[0]
+        return found
+
+    def is_right(self, key: str, name: str, value) -> bool:
+        """Say whether a parameter may have this value; if not, the reason is a problem."""
+        kind, allowed = type(self.defaults[name]), None
+        if type(value) is not kind and (kind, type(value)) != (float, int):
+            allowed = f"of type {kind.__name__}"
+            if kind is float and re.fullmatch(r"[\d.]+e-?\d+", str(value)):
+                allowed += "; YAML takes 5e-4 for text, so write 5.0e-4 or 0.0005"
+        elif name in ALLOWED and value not in ALLOWED[name]:
+            allowed = f"one of {', '.join(ALLOWED[name])}{_nearest(value, ALLOWED[name])}"
+        elif name in RANGES and not RANGES[name][0] <= value <= RANGES[name][1]:
+            low, high = RANGES[name]
+            allowed = f"in [{low}, {high}]" if high == 1 else f"at least {low}"
+        elif name == "weights" and value and not value.startswith(("file:", "run:")):
+            allowed = '"" (from scratch), "file:<name of a file in the folder WEIGHTS=...>" or "run:<key of a run>"'
+        if allowed:
+            self.say(key, f"{value!r} given; it must be {allowed}")
+        return allowed is None
+
+    def experiment(self, name: str, body, fixed: dict) -> Iterator[Run]:
+        """Yield the runs of one experiment."""
+        where = f"experiments.{name}"
+        if not re.fullmatch(r"[\w.+-]+", str(name), re.ASCII):
+            self.say(where, "an experiment's name is a folder's; use letters, digits and . _ + - only")
+        if not isinstance(body, dict) or not body or body.keys() - {"fixed", "grid"}:
+            self.say(where, f"{body!r} given; a mapping with fixed, grid or both, and no other key, is needed")
+            return
+        own = self.values(f"{where}.fixed", body.get("fixed", {}))
+        grid = body.get("grid", {})
+        for number, product in enumerate(grid if isinstance(grid, list) else [grid]):
+            place = f"{where}.grid[{number}]" if isinstance(grid, list) else f"{where}.grid"
+            axes = self.values(place, product, lists=True)
+            for both in axes.keys() & own.keys():
+                self.say(f"{place}.{both}", f"stands in {where}.fixed too; remove one of them")
+            # a budget that is not declared is none, whatever the notebook's default
+            base = {budget: 0.0 for budget in BUDGETS if budget in self.defaults} | fixed | own
+            named = {axis for axis in axes if isinstance(product[axis], list) or axis in ("network", "method")}
+            for values in itertools.product(*axes.values()):
+                yield self.run(name, base | dict(zip(axes, values, strict=True)), named - {"weights"})
+
+    def run(self, experiment: str, declared: dict, named: set) -> Run:
+        # in the notebook's order, so that a key does not depend on the order within the YAML file
+        parts = [_part(name, declared[name]) for name in self.defaults if name in named]
+        key = f"{experiment}/{'-'.join(filter(None, parts)) or 'run'}"
+        if not re.fullmatch(r"[\w.+/-]+", key, re.ASCII) or key.count("/") > 1:
+            self.say(key, "values of a grid name the run's folder; use letters, digits and . _ + - in them only")
+        values = self.defaults | declared
+        if start := declared.get("weights"):
+            try:
+                declared["weights"] = values["weights"] = start.format(**values)
+            except (KeyError, IndexError, ValueError) as error:
+                self.say(key, f"weights {start!r}: {error} cannot be filled in; in braces stand names of parameters")
+        kind, _, place = declared.get("weights", "").partition(":")
+        folder = self.folder / self.path.stem
+        params = declared | {"out": str(folder / key)}
+        params["data"] = self.data if self.data == "digits" else str(self.images or self.data)
+        declared["data"] = self.data
+        if kind == "file":
+            params["weights"] = str((self.weights or Path("WEIGHTS")) / place)
+        elif kind == "run":
+            params["weights"] = str(folder / place / NETWORK)
+        return Run(key, declared, values, params, folder / key, place if kind == "run" else None)
+
+    def check(self, run: Run, runs: dict[str, Run]) -> None:
+        """Collect what is wrong with a run beside its single values."""
+        if {"method", *BUDGETS} <= run.values.keys() and (run.values["method"] == "dense") == bool(run.budget()):
+            given = f"method {run.values['method']} with {run.budget() or 'no budget'} given"
+            self.say(run.key, f"{given}; dense takes no macs and params, every other method one of them or both")
+        start, seen = run, set()
+        while start.needs and start.needs in runs and start.key not in seen:
+            seen.add(start.key)
+            start = runs[start.needs]
+        if start.key in seen:
+            self.say(run.key, f"weights: 'run:{run.needs}' leads in a circle")
+        elif run.needs and run.needs not in runs:
+            self.say(run.key, f"weights: there is no run {run.needs!r}{_nearest(run.needs, runs)}")
+        elif run.needs:
+            network, method = (runs[run.needs].values.get(name) for name in ("network", "method"))
+            if network != run.values.get("network") or method not in ("dense", None):
+                own = f"a dense {run.values.get('network')} is needed"
+                self.say(run.key, f"weights: 'run:{run.needs}' gives a {method} {network}; {own}")
+        if run.is_done():
+            self.problems += run.disagreements()
+        elif run.values.get("method") in baselines.METHODS:
+            try:
+                baselines.pruner(run.values["method"], run.budget(), at=run.values.get("prune_at", 0.0))
+            except (ValueError, ImportError) as error:
+                self.say(run.key, str(error))
+
+    def missing(self, todo: dict[str, Run]) -> list[str]:
+        """Return what is not at hand for the runs to do; a place that was given and is wrong is a problem."""
+        folder, found, wrong = self.images, [], None
+        original = self.data == "cifar10" and folder and (folder / TORCHVISION).is_dir()
+        if not folder:
+            if todo and self.data != "digits":
+                found.append(f"data: {self.data} is needed; say where it lies with DATA=/path/to/{self.data}")
+        elif self.data == "digits":
+            wrong = "digits come with scikit-learn; leave it out"
+        elif folder.name != self.data and not original:
+            wrong = f"its last part must be the declared name, {self.data}"
+        elif not original and not (folder / "train").is_dir():
+            wrong = f"there must be train/<class>/* in it, or, for cifar10, {TORCHVISION}"
+        if wrong:
+            self.say("data", f"DATA={folder} given; {wrong}")
+        starts = (run for run in todo.values() if run.declared.get("weights", "").startswith("file:"))
+        files = sorted({run.params["weights"] for run in starts})
+        hint = "" if self.weights else "; say where it lies with WEIGHTS=/path/to/folder"
+        return [*found, *(f"weights: there is no {file}{hint}" for file in files if not Path(file).is_file())]
+
+    def check_budgets(self, todo: dict[str, Run]) -> None:
+        """Compare each budget with the smallest network there can be, as the controller does."""
+        shape, classes = self.shape()
+        traced, seen = {}, set()
+        for run in todo.values() if shape else ():
+            network, size, budget = run.values.get("network"), run.values.get("size"), run.budget()
+            case = (network, size, *budget.items())
+            if network is None or not budget or case in seen:
+                continue
+            seen.add(case)
+            try:
+                if (network, size) not in traced:
+                    model = nets.build(network, num_classes=classes, in_channels=shape[0])
+                    example = torch.zeros(2, shape[0], *((size, size) if size else shape[1:]))
+                    traced[network, size] = trace(model, example)
+                Controller(traced[network, size], budget, steps=10**6)
+            except ValueError as error:  # a budget below the floor, or images that the network is not made for
+                self.say(run.key, str(error))
+
+    def shape(self) -> tuple:
+        """Return the shape of an image and the number of classes, (None, 0) if they cannot be known."""
+        if self.data in KNOWN or not self.images or not (self.images / "train").is_dir():
+            return KNOWN.get(self.data, (None, 0))
+        train = self.images / "train"
+        classes = [entry for entry in train.iterdir() if entry.is_dir() and entry.name[0] != "."]
+        first = next((path for path in train.rglob("*") if path.suffix.lower() in SUFFIXES), None)
+        if first is None:
+            self.say("data", f"DATA={self.images} given; there is no image in its folder train")
+            return None, 0
+        with Image.open(first) as image:
+            return (3, image.height, image.width), len(classes)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error; the second would replace the first without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def path_of(name: str | Path) -> Path:
+    """Return the file of a declaration that is given as path or as name."""
+    return Path(name if str(name).endswith(".yaml") else f"experiments/{name}.yaml").absolute()
+
+
+def _project(path: Path) -> Path:
+    return path.parent.parent
+
+
+def _nearest(given, known) -> str:
+    close = difflib.get_close_matches(str(given), list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _part(name: str, value) -> str:
+    """Return a value's part of the key; a budget of 0 is none and has none."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return name if value else f"no-{name}"
+    return "" if name in BUDGETS and not value else f"{name}{value:.10g}"
