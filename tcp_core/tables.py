@@ -1,0 +1,536 @@
+"""Runs -> tables. Every number of the study is read from run folders here, and nowhere else.
+
+`study` gives one row a run, `accuracy` one row for each thing that was compared (mean over seeds), and the other
+tables follow from these two. Accuracies and costs are in percent, differences of accuracy in points, times in seconds.
+
+Runs are compared only within a `GROUP`: same data, network, start, epochs and recipe, so whatever differs between two
+rows of a group is the method. Seed, threads and output folder say nothing about what was compared.
+"""
+
+import ast
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from tcp_core.published import ARCHITECTURES
+from tcp_core.results import read_runs
+
+METHODS = {
+    "dense": "dense",
+    "tailored": "ours",
+    "taylor": "Taylor, one-shot",
+    "fixed_strength": "fixed strength",
+    "global_l1": "L1, global",
+    "uniform_l1": "L1, uniform",
+    "slimming": "batch-norm slimming",
+    "torch_pruning": "Torch-Pruning",
+    "small": "small from scratch",
+    "random": "random",
+}  # in the order of every table
+NAMES = {name: names[0] for known in ARCHITECTURES.values() for name, names in known.items()}
+
+# What the run notebook's parameters are to a comparison. One that stands in none of these is part of the recipe, and is
+# named there unless it has its default: so nothing that differs is averaged or compared by accident.
+NAMED = ("network", "data", "size", "epochs", "method", "macs", "params")
+RECIPE = ("batch_size", "lr", "weight_decay", "augment", "precision", "val_images", "weights")
+OF_COMPARATORS = ("prune_at", "restart")
+OF_CONTROLLER = ("phase_end",)
+SAYS_NOTHING = ("seed", "threads", "out", "read_test")
+
+GROUP = ["data", "network", "setting", "epochs", "recipe"]
+KEY = [*GROUP, "budget", "method", "options"]
+COSTS = ("macs", "params")
+GOAL, GOAL_DENSE = 0.3, -0.3  # points: ours - best comparator, mean over budgets; ours - dense at 50 % macs
+NOT_PUBLIC = "not public"
+
+
+def run_defaults(notebook: str | Path) -> dict:
+    """Return the run notebook's parameters with their defaults, which runs older than a parameter had."""
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    (source,) = ("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    return {line.target.id: ast.literal_eval(line.value) for line in ast.parse(source).body}
+
+
+def study(root: str | Path, defaults: Mapping | None = None) -> pd.DataFrame:
+    """Return one row for each finished run below `root`, in the order of every table.
+
+    Columns: `KEY`, run, searched (it compared controllers), seed, accuracy (test), val_accuracy, macs and params
+    (percent of dense), requested and before of each cost (percent of dense; `before`: what a sparsity-training method
+    had left open by itself), utilisation (of the binding budget), largest_gate, seconds, machine. `defaults` stand in
+    for parameters that a run does not have. Raises what `results.read_runs` does.
+    """
+    rows = read_runs(root).to_dict("records")
+    return _in_order(pd.DataFrame([_run(row, defaults or {}) for row in rows]))
+
+
+def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return mean and standard deviation over seeds for each `KEY`, beside the dense network of the same `GROUP`.
+
+    `n` is the number of seeds; `sd` (of a sample, n - 1) is missing for one. Several runs with the same key and seed
+    count as one, their mean. `seconds_of_dense` is missing where the two did not run on the same kind of machine.
+    """
+    runs = runs[~runs["searched"]]
+    numbers = ["accuracy", *COSTS, *_each("requested"), *_each("before"), "utilisation", "seconds"]
+    seeds = runs.groupby([*KEY, "seed"], dropna=False).agg(dict.fromkeys(numbers, "mean") | {"machine": _texts})
+    by_key = seeds.reset_index().groupby(KEY)
+    table = by_key[numbers].mean()
+    table.insert(1, "sd", by_key["accuracy"].std())
+    table.insert(2, "n", by_key["accuracy"].count())
+    table["machine"] = by_key["machine"].agg(_texts)
+    table = table.reset_index()
+
+    dense = table[table["method"] == "dense"][[*GROUP, "accuracy", "seconds", "machine"]]
+    beside = table[GROUP].merge(dense, on=GROUP, how="left").set_axis(table.index)
+    table.insert(list(table).index("n") + 1, "delta_dense", table["accuracy"] - beside["accuracy"])
+    relative = 100 * table["seconds"] / beside["seconds"]
+    relative = relative.where(table["machine"] == beside["machine"])
+    table.insert(list(table).index("machine"), "seconds_of_dense", relative)
+    return _in_order(table)
+
+
+def differences(table: pd.DataFrame) -> pd.DataFrame:
+    """Return ours minus each other method (dense too) of the same `GROUP` and budget, from the table `accuracy`.
+
+    `se` is the standard error of the difference, sqrt(sd^2 / n + sd^2 / n), missing where either has one seed.
+    `se_pooled` is the same with, for one seed, the pooled standard deviation of all rows of the data set.
+    """
+    squares = table.assign(free=table["n"] - 1, square=(table["n"] - 1) * table["sd"] ** 2).groupby("data")
+    pooled = squares["square"].sum() / squares["free"].sum().replace(0, np.nan)
+    table = table.assign(variance=(table["sd"] ** 2).fillna(table["data"].map(pooled)) / table["n"])
+    ours = table[table["method"] == "tailored"].drop(columns="method")
+    rivals = table[table["method"] != "tailored"]
+    dense = rivals["budget"] == "dense"
+    pairs = pd.concat(
+        [
+            ours.merge(rivals[~dense], on=[*GROUP, "budget"], suffixes=("", "_rival")),
+            ours.merge(rivals[dense].drop(columns="budget"), on=GROUP, suffixes=("", "_rival")),
+        ],
+        ignore_index=True,
+    )
+    pairs["difference"] = pairs["accuracy"] - pairs["accuracy_rival"]
+    pairs["se"] = np.sqrt(pairs["sd"] ** 2 / pairs["n"] + pairs["sd_rival"] ** 2 / pairs["n_rival"])
+    pairs["se_pooled"] = np.sqrt(pairs["variance"] + pairs["variance_rival"])
+    shown = ["accuracy", "sd", "n", "accuracy_rival", "sd_rival", "n_rival", "difference", "se", "se_pooled"]
+    return _in_order(pairs.rename(columns={"method": "rival"}))[
+        [*GROUP, "options", "budget", "rival", "options_rival", *shown]
+    ]
+
+
+def summary(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Return what the differences come to: against the best comparator, against each one, and against dense.
+
+    The best comparator is chosen anew at every budget, by its mean test accuracy: the hardest choice for ours, as the
+    best of several noisy means is more often a lucky one. Column `part`: "mean over all" of a data set, "mean over
+    budgets" of a group, "best comparator" at each budget, "dense at 50 % macs", and "each comparator" over all
+    budgets. A mean's standard error comes from `se_pooled`, as if its differences were independent.
+    """
+    pairs = pairs.assign(pairs=1, wins=1 * (pairs["difference"] > 0), losses=1 * (pairs["difference"] < 0))
+    rivals = pairs[pairs["rival"] != "dense"]
+    ours = [*GROUP, "options"]
+    best = rivals.loc[rivals.groupby([*ours, "budget"])["difference"].idxmin()] if len(rivals) else rivals
+    at_half = pairs[(pairs["rival"] == "dense") & (pairs["budget"] == "50 % macs")]
+    count = ["pairs", "wins", "losses"]
+    parts = {
+        "mean over all": _mean_difference(best, ["data", "options"]),
+        "mean over budgets": _mean_difference(best, ours),
+        "best comparator": _in_order(best).drop(columns=count),
+        "dense at 50 % macs": at_half.drop(columns=count),
+        "each comparator": _mean_difference(rivals, ["data", "options", "rival", "options_rival"]),
+    }
+    table = pd.concat([part.assign(part=name) for name, part in parts.items()], ignore_index=True)
+    goals = {"mean over budgets": GOAL, "mean over all": GOAL, "dense at 50 % macs": GOAL_DENSE}
+    table["goal"] = table["part"].map(goals).astype(float)
+    table["reached"] = np.where(table["goal"].isna(), "", np.where(table["difference"] >= table["goal"], "yes", "no"))
+    shown = ["options", "budget", "rival", "options_rival", "accuracy", "n", "accuracy_rival", "n_rival"]
+    shown += ["difference", "se", *count]
+    return table[["part", *GROUP, *shown, "goal", "reached"]]
+
+
+def missing(table: pd.DataFrame) -> list[str]:
+    """Return, for each group of the table `accuracy`, what it lacks for a comparison; empty if nothing."""
+    said = []
+    for group, rows in table.groupby(GROUP, sort=False):
+        have = set(rows["method"])
+        lacks = [f"no run of {METHODS[name]}" for name in ("dense", "tailored") if name not in have]
+        lacks += [] if have - {"dense", "tailored"} else ["no comparator"]
+        lacks += ["one seed" if rows["n"].max() else "no test accuracy"] if rows["n"].max() < 2 else []
+        if lacks:
+            said.append(f"{heading(dict(zip(GROUP[:-1], group, strict=False)))}: {', '.join(lacks)}")
+    return said
+
+
+def delivered(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return requested beside delivered cost: one row for each run and each cost that was bounded.
+
+    `before` is the cost of the units that a sparsity-training method had left open by itself, before it was brought to
+    the budget; `used` and `before_used` are percent of the budget, which is 100.
+    """
+    runs = runs[~runs["searched"]]
+    source = {"requested": "requested_{}", "delivered": "{}", "before": "before_{}"}
+    rows = [
+        runs.assign(cost=cost, **{name: runs[column.format(cost)] for name, column in source.items()}) for cost in COSTS
+    ]
+    table = pd.concat(rows).dropna(subset="requested")
+    table["used"] = 100 * table["delivered"] / table["requested"]
+    table["before_used"] = 100 * table["before"] / table["requested"]
+    shown = ["seed", "cost", "requested", "delivered", "used", "before", "before_used", "largest_gate", "run"]
+    return _in_order(table)[[*KEY, *shown]]
+
+
+def beside_published(table: pd.DataFrame, published: pd.DataFrame, *, within: float = 5) -> pd.DataFrame:
+    """Return our rows of the table `accuracy`, each with what was published for that network at a comparable cost.
+
+    Comparable: a FLOPs reduction `within` so many points of ours. `source` says which is which; `change` is from
+    the dense network of the same source. The paper this study follows has a row too: its numbers are not public.
+    """
+    sections = []
+    ours = table[(table["method"] == "tailored") & table["budget"].str.fullmatch(r"[\d.]+ % macs")]
+    for (network, budget), rows in ours.groupby(["network", "budget"], sort=False):
+        for dataset, known in ARCHITECTURES.items():
+            mine = rows[[family(data) == dataset for data in rows["data"]]]
+            if mine.empty or network not in known:
+                continue
+            others = published[(published["dataset"] == dataset) & published["architecture"].isin(known[network])]
+            others = others[(others["flops_reduction_pct"] - 100 + mine["macs"].mean()).abs() <= within]
+            sections.append(
+                pd.concat([_as_ours(mine), _as_the_paper(network), _as_published(others)]).assign(
+                    network=network, budget=budget
+                )
+            )
+    columns = ["network", "budget", "source", "method", "data", "epochs", "flops_reduction", "params_reduction"]
+    columns += ["baseline", "accuracy", "change", "n", "citation", "seen_at"]
+    return pd.concat(sections, ignore_index=True)[columns] if sections else pd.DataFrame(columns=columns)
+
+
+def family(data):
+    """Return the published data set that a run's data can stand beside; the small copies of ImageNet have none."""
+    name = data.lower().replace("-", "")
+    return next((family for family in ARCHITECTURES if name.startswith(family.lower().replace("-", ""))), None)
+
+
+def search(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the controller's variants by mean validation accuracy: one row a variant, the best of a group first.
+
+    Runs of experiments whose name starts with "search"; each budget's mean over seeds has a column, and `val_accuracy`
+    is the mean of these. Variants that lack a budget are not comparable with the others: their column is empty.
+    """
+    runs = runs[runs["searched"]]
+    keys = [*GROUP, "method", "options"]
+    by_budget = runs.pivot_table("val_accuracy", keys, "budget", aggfunc="mean", sort=False)
+    by_budget = by_budget[sorted(by_budget, key=_budget_order)]
+    table = by_budget.copy()
+    table.insert(0, "val_accuracy", by_budget.mean(axis=1))
+    table.insert(1, "n", runs.groupby(keys)["val_accuracy"].count())
+    order = [*GROUP, "val_accuracy", "method", "options"]
+    return table.reset_index().sort_values(order, ascending=[True] * 5 + [False, True, True], ignore_index=True)
+
+
+def write(table: pd.DataFrame, name: str, folder: str | Path, *, missing: Iterable[str] = ()) -> str:
+    """Write `table` to `folder`/`name`.csv and, to be read, `name`.md, and return the latter's text.
+
+    `name` is one of `PAGES`, which have the title, a note and the columns whose values make the parts of the page;
+    `missing` is listed at its end. The same table gives the same bytes.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = _formatted(table)
+    text.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
+    title, note, sections = PAGES[name]
+    notes = [note, *(said for data, said in DATA.items() if "data" in table and data in set(table["data"]))]
+    page = "\n\n".join([f"# {title}", *notes, *(_parts(text, sections) or ["No run of this kind yet."])])
+    page += "".join(["\n\n## Missing\n\n", *(f"- {what}\n" for what in missing)]) if missing else "\n"
+    (folder / f"{name}.md").write_text(page, encoding="utf-8", newline="\n")
+    return page
+
+
+def heading(group: Mapping) -> str:
+    """Return what a group is in words, such as "ResNet-20, cifar10-jpeg, from scratch, 15 epochs"."""
+    said = {name: str(value) for name, value in group.items() if name != "recipe"}
+    if "network" in said:
+        network = said.pop("network")
+        said = {"network": NAMES.get(network, network), **said}
+    if "epochs" in said:
+        said["epochs"] = f"{float(said['epochs']):g} epochs"
+    text = ", ".join(said.values())
+    return text[:1].upper() + text[1:]
+
+
+def number(value: float, digits: int, *, sign: str = "") -> str:
+    """Return a number as every table and figure shows it: half rounds away from zero, as by hand, and 0 has no minus.
+
+    >>> number(83.235, 2), f"{83.235:.2f}"
+    ('83.24', '83.23')
+    """
+    return f"{round(value + math.copysign(1e-9, value), digits) + 0.0:{sign}.{digits}f}"
+
+
+PAGES = {
+    "accuracy": (
+        "Test accuracy by network, budget and method",
+        "Mean and standard deviation (sd) over n seeds; the test images were read once a run, at its end. Within a "
+        "part only the method differs: same data, start, epochs, schedule and recipe. The budget is the cost that was "
+        "asked for, as a share of the dense network's; macs and params are what was delivered. Differences are to the "
+        "dense network of the same part; times are compared where both ran on the same kind of machine.",
+        GROUP,
+    ),
+    "summary": (
+        "Ours against the others",
+        f"The study's goals: {GOAL:+.1f} points against the best comparator, in the mean over budgets and settings; "
+        f"and no more than {-GOAL_DENSE:.1f} points below the dense network at 50 % macs and equal epochs. The best "
+        "comparator at a budget is the one with the highest mean test accuracy there, chosen after the fact, which "
+        "favours it. A difference has a standard error where both sides have two seeds or more; a mean's takes the "
+        "pooled standard deviation of the data set for the others.",
+        ["part"],
+    ),
+    "differences": (
+        "Ours minus each other method, budget by budget",
+        "Positive: ours is better. The standard error is missing where either side has one seed.",
+        GROUP,
+    ),
+    "delivered": (
+        "Requested and delivered cost of every run",
+        "Percent of the dense network, and of the budget. By itself: the cost of the units that a method with a "
+        "strength but no budget had left open before it was brought to the budget.",
+        GROUP,
+    ),
+    "published": (
+        "Published results beside ours",
+        "**Published rows were not run here**, and no two rows need share data, recipe, length or counting of "
+        "costs: read the change from each one's own dense network, not the accuracies. Each section has what was "
+        "published within 5 points of macs saved. What the abstract of the paper that this study follows does not "
+        'say is "not public". Sources are in the last columns; results/published_dropped.csv says which rows of the '
+        "collection were left out.",
+        ["network", "budget"],
+    ),
+    "search": (
+        "The controller's variants",
+        "Mean **validation** accuracy over budgets and seeds, best first; n counts runs. Test images were not "
+        "looked at. Options are named where they differ from the run notebook's defaults.",
+        GROUP,
+    ),
+}
+DATA = {
+    "cifar10-jpeg": "cifar10-jpeg is a JPEG-encoded copy of CIFAR-10 (quality 75, 4:2:0): accuracies are some points "
+    "below those on the original.",
+    "cifar10-madeup": "**cifar10-madeup is no data set: its numbers are made up, to show and to test this report.**",
+}
+# Digits after the point, by column; what stands here is a number and aligned right.
+DIGITS = {
+    **dict.fromkeys(("accuracy", "sd", "delta_dense", "difference", "se", "se_pooled", "val_accuracy"), 2),
+    **dict.fromkeys(
+        ("accuracy_rival", "sd_rival", "utilisation", "delivered", "used", "before", "before_used", "change"), 2
+    ),
+    **dict.fromkeys(("flops_reduction", "params_reduction", "baseline"), 2),
+    **dict.fromkeys(("n", "n_rival", "seconds", "seconds_of_dense", "seed", "pairs", "wins", "losses"), 0),
+    **{"requested": 1, "goal": 1, "largest_gate": 4},
+}
+IN_CSV = ("recipe", "machine", "requested_macs", "requested_params", "before_macs", "before_params", "se_pooled")
+SIGNED = ("delta_dense", "difference", "change", "goal")
+HEADINGS = {
+    "accuracy": "test accuracy, %",
+    "val_accuracy": "validation accuracy, %",
+    "delta_dense": "to dense, points",
+    "macs": "macs, % of dense",
+    "params": "params, % of dense",
+    "utilisation": "budget used, %",
+    "seconds": "training, s",
+    "seconds_of_dense": "training, % of dense",
+    "rival": "against",
+    "options_rival": "with",
+    "accuracy_rival": "its test accuracy, %",
+    "sd_rival": "its sd",
+    "n_rival": "its n",
+    "difference": "ours minus it, points",
+    "se": "standard error",
+    "requested": "asked, % of dense",
+    "delivered": "delivered, % of dense",
+    "used": "budget used, %",
+    "before": "by itself, % of dense",
+    "before_used": "by itself, % of budget",
+    "largest_gate": "largest gate removed",
+    "flops_reduction": "macs saved, %",
+    "params_reduction": "params saved, %",
+    "baseline": "own dense, %",
+    "change": "change, points",
+    "goal": "goal, points",
+    "seen_at": "seen at",
+}
+
+
+def _run(row, defaults):
+    """Return the row of `study` for a row of `read_runs`."""
+    own = {k.removeprefix("param."): v for k, v in row.items() if k.startswith("param.") and not _absent(v)}
+    given = {**defaults, **own}
+    method, folders = row["method"], row["run"].split("/")
+    rest = [name for name in given if name not in (*NAMED, *RECIPE, *OF_COMPARATORS, *OF_CONTROLLER, *SAYS_NOTHING)]
+    options = {"dense": (), "tailored": OF_CONTROLLER, "fixed_strength": (*OF_COMPARATORS, *OF_CONTROLLER)}
+    budget = {cost: row[f"budget.{cost}"] for cost in COSTS if not _absent(row.get(f"budget.{cost}"))}
+    used = [row[f"utilisation.{cost}"] for cost in budget if not _absent(row.get(f"utilisation.{cost}"))]
+    known = {name: given[name] for name in RECIPE if not _absent(given.get(name)) and given[name] != ""}
+    size = f" at {given['size']:g} px" if given.get("size") else ""
+    return {
+        "data": row["dataset"] + size,
+        "network": row["network"],
+        "setting": "from a pretrained network" if given.get("weights") else "from scratch",
+        "epochs": given.get("epochs", 0),
+        "recipe": ", ".join(_said(known) + _changed(given, rest, defaults)),
+        "budget": " + ".join(f"{100 * share:g} % {cost}" for cost, share in budget.items()) or "dense",
+        "method": method,
+        "options": ", ".join(_changed(given, options.get(method, OF_COMPARATORS), defaults)),
+        "run": row["run"],
+        "searched": len(folders) > 2 and folders[-2].startswith("search"),
+        "seed": row["seed"],
+        "accuracy": _percent(row["test_accuracy"]),
+        "val_accuracy": _percent(row["val_accuracy"]),
+        **{cost: 100 * row[cost] / row[f"dense_{cost}"] for cost in COSTS},
+        **{f"requested_{cost}": _percent(budget.get(cost)) for cost in COSTS},
+        **{f"before_{cost}": _percent(row.get(f"cost_before_fill.{cost}")) / row[f"dense_{cost}"] for cost in COSTS},
+        "utilisation": 100 * max(used, default=np.nan),
+        "largest_gate": _percent(row.get("largest_gate_removed")) / 100,
+        "seconds": row["seconds_train"],
+        "machine": f"{row.get('device')}, {row.get('threads', 0):g} threads",
+    }
+
+
+def _absent(value):
+    return value is None or value != value  # only NaN differs from itself
+
+
+def _percent(value):
+    return np.nan if _absent(value) else 100.0 * value
+
+
+def _said(given):
+    return [
+        f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}" for name, value in given.items()
+    ]
+
+
+def _changed(given, names, defaults):
+    """Say which of the parameters `names` are not at their defaults; True is said by the name alone."""
+    changed = {name: given[name] for name in names if name in given and given[name] != defaults.get(name)}
+    return [name if value is True else _said({name: value})[0] for name, value in changed.items()]
+
+
+def _each(prefix):
+    return [f"{prefix}_{cost}" for cost in COSTS]
+
+
+def _texts(values):
+    return "; ".join(sorted(set(values)))
+
+
+def _budget_order(budget):
+    """Dense first, then macs, params and both, each from the largest share down."""
+    shares = [-float(part.split()[0]) for part in budget.split(" + ") if part != "dense"]
+    return (budget != "dense", len(shares), "params" in budget, *shares)
+
+
+def _in_order(table):
+    """Sort by `GROUP` (resnet20 before resnet110), budget, then ours before the comparators in a fixed order."""
+
+    def rank(column):
+        if column.name == "budget":
+            values = list(map(_budget_order, column))
+        elif column.name in ("method", "rival"):
+            values = [(list(METHODS).index(name), "") if name in METHODS else (len(METHODS), name) for name in column]
+        else:
+            values = [re.sub(r"\d+", lambda number: number[0].zfill(9), str(value)) for value in column]
+        ranks = {value: index for index, value in enumerate(sorted(set(values)))}
+        return pd.Series([ranks[value] for value in values], index=column.index)
+
+    by = [name for name in (*KEY, "rival", "options_rival", "seed", "cost", "run") if name in table]
+    return table.sort_values(by, key=rank, kind="stable", ignore_index=True)
+
+
+def _mean_difference(pairs, by):
+    """Return, for each value of `by`, the mean of the differences with its standard error, and wins and losses."""
+    groups = pairs.assign(square=pairs["se_pooled"] ** 2).groupby(by)
+    table = groups[["pairs", "wins", "losses"]].sum()
+    table["difference"] = groups["difference"].mean()
+    table["se"] = np.sqrt(groups["square"].sum(skipna=False)) / table["pairs"]
+    return _in_order(table.reset_index())
+
+
+def _as_ours(rows):
+    said = rows["options"].where(rows["options"] == "", " (" + rows["options"] + ")")
+    return pd.DataFrame(
+        {
+            "source": "here",
+            "method": "ours, " + rows["setting"] + said,
+            "data": rows["data"],
+            "epochs": [f"{epochs:g}" for epochs in rows["epochs"]],
+            **{f"{name}_reduction": 100 - rows[cost] for name, cost in (("flops", "macs"), ("params", "params"))},
+            "baseline": rows["accuracy"] - rows["delta_dense"],
+            "accuracy": rows["accuracy"],
+            "change": rows["delta_dense"],
+            "n": rows["n"],
+        }
+    )
+
+
+def _as_the_paper(network):
+    row = {"source": "published", "method": "Tailored Channel Pruning", "data": "CIFAR-10"}
+    row |= dict.fromkeys(("epochs", "baseline", "accuracy", "change"), NOT_PUBLIC)
+    row |= {"citation": "Lee, Jeon, Lee and Kim, IEEE Access 13 (2025), doi:10.1109/ACCESS.2025.3529465"}
+    return pd.DataFrame([row])
+
+
+def _as_published(rows):
+    table = pd.DataFrame(
+        {
+            "source": "published",
+            "method": rows["method"] + np.where(rows["architecture"] == "VGG-16", ' ("VGG-16")', ""),
+            **{"data": rows["dataset"], "epochs": rows["epochs"]},
+            "flops_reduction": rows["flops_reduction_pct"],
+            "params_reduction": rows["params_reduction_pct"],
+            "baseline": rows["baseline_top1"],
+            "accuracy": rows["pruned_top1"],
+            "change": rows["pruned_top1"] - rows["baseline_top1"],
+            **{"citation": rows["citation"], "seen_at": rows["seen_at"]},
+        }
+    )
+    return table.sort_values(["flops_reduction", "method", "accuracy"])
+
+
+def _parts(text, sections):
+    """Return a formatted table's parts as Markdown, without columns `IN_CSV` and those that are empty in a part."""
+    for name, words in (("method", METHODS), ("rival", METHODS), ("network", NAMES)):
+        if name in text and name not in sections:
+            text = text.assign(**{name: [words.get(value, value) for value in text[name]]})
+    parts = []
+    for values, rows in text.groupby(sections, sort=False):
+        columns = [name for name in text if name not in (*sections, *IN_CSV) and rows[name].ne("").any()]
+        group = dict(zip(sections, values, strict=True))
+        recipe = [f"Recipe: {group['recipe']}.", ""] if group.get("recipe") else []
+        lines = [
+            [HEADINGS.get(name, name.replace("_", " ")) for name in columns],
+            ["--:" if _digits(name) is not None else "---" for name in columns],
+            *([cell or "-" for cell in row] for row in rows[columns].to_numpy()),
+        ]
+        parts.append("\n".join([f"## {heading(group)}", "", *recipe, *(f"| {' | '.join(line)} |" for line in lines)]))
+    return parts
+
+
+def _digits(name):
+    return 2 if name.endswith(("macs", "params")) else DIGITS.get(name)  # a column may be called by a budget
+
+
+def _formatted(table):
+    """Return every cell as text, numbers with the digits of their column; what is missing is empty."""
+
+    def cell(name, value):
+        if _absent(value):
+            return ""
+        if name == "epochs" and not isinstance(value, str):
+            return f"{value:g}"
+        if _digits(name) is None or isinstance(value, str):
+            return str(value)
+        return number(value, _digits(name), sign="+" if name in SIGNED else "")
+
+    return pd.DataFrame({name: [cell(name, value) for value in table[name]] for name in table}, dtype=str)

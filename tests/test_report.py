@@ -1,0 +1,318 @@
+"""The report: tables by hand, same bytes each time, and nothing compared that does not belong together."""
+
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from tcp_core import study_plots, tables
+from tcp_core.published import main, trim
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURE = ROOT / "tests" / "fixtures" / "runs"
+RUN_NOTEBOOK = ROOT / "notebooks" / "10_run.ipynb"
+PUBLISHED = ROOT / "results" / "published.csv"
+
+
+@pytest.fixture(scope="module")
+def study():
+    return tables.study(FIXTURE, tables.run_defaults(RUN_NOTEBOOK))
+
+
+def run(**changes):
+    """Return one row of `results.read_runs`."""
+    row = {"run": "d/e/k", "network": "resnet20", "dataset": "digits", "method": "tailored", "seed": 0}
+    row |= {"test_accuracy": 0.9, "val_accuracy": 0.9, "dense_macs": 1000, "dense_params": 100, "macs": 499}
+    row |= {"params": 60, "budget.macs": 0.5, "utilisation.macs": 0.998, "largest_gate_removed": 0.0}
+    row |= {"seconds_train": 100.0, "device": "cpu", "threads": 1, "param.epochs": 3, "param.lr": 0.1}
+    return row | changes
+
+
+DENSE = {"method": "dense", "budget.macs": None, "utilisation.macs": None, "macs": 1000, "params": 100}
+
+
+def study_of(monkeypatch, *rows, defaults=None):
+    monkeypatch.setattr(tables, "read_runs", lambda root: pd.DataFrame(rows))
+    return tables.study("anywhere", defaults)
+
+
+def test_mean_spread_and_differences_by_hand(monkeypatch):
+    rows = [run(seed=seed, test_accuracy=value) for seed, value in enumerate((0.90, 0.92, 0.94))]
+    rows += [run(seed=seed, test_accuracy=value, **DENSE) for seed, value in enumerate((0.95, 0.97))]
+    rows += [run(seed=seed, test_accuracy=value, method="taylor") for seed, value in enumerate((0.91, 0.93))]
+    rows += [run(test_accuracy=0.5, method="random")]
+    table = tables.accuracy(study_of(monkeypatch, *rows)).set_index("method")
+    assert list(table.index) == ["dense", "tailored", "taylor", "random"]
+    assert table["accuracy"].to_list() == pytest.approx([96, 92, 92, 50])
+    assert table["sd"].to_list() == pytest.approx([2**0.5, 2, 2**0.5, np.nan], nan_ok=True)
+    assert table["n"].to_list() == [2, 3, 2, 1]
+    assert table["delta_dense"].to_list() == pytest.approx([0, -4, -4, -46])
+    assert table["seconds_of_dense"].to_list() == [100] * 4
+    assert table["utilisation"].to_list() == pytest.approx([np.nan, 99.8, 99.8, 99.8], nan_ok=True)
+
+    pairs = tables.differences(table.reset_index()).set_index("rival")
+    assert pairs["difference"].to_list() == pytest.approx([-4, 0, 42])
+    assert pairs.loc["taylor", "se"] == pytest.approx((4 / 3 + 2 / 2) ** 0.5)
+    assert np.isnan(pairs.loc["random", "se"])
+    pooled = (2 * 4 + 1 * 2 + 1 * 2) / (2 + 1 + 1)
+    assert pairs.loc["random", "se_pooled"] == pytest.approx((4 / 3 + pooled) ** 0.5)
+    total = tables.summary(pairs.reset_index()).set_index("part")
+    assert total.loc["mean over all", ["difference", "pairs", "wins", "losses", "reached"]].to_list() == [
+        0,
+        1,
+        0,
+        0,
+        "no",
+    ]
+    assert total.loc["best comparator", "rival"] == "taylor"
+    assert total.loc["dense at 50 % macs", "reached"] == "no"
+
+
+def test_means_are_those_of_pandas(study):
+    table = tables.accuracy(study).set_index(tables.KEY)
+    by_key = study[~study["searched"]].groupby(tables.KEY)["accuracy"]
+    pd.testing.assert_series_equal(table["accuracy"].sort_index(), by_key.mean(), check_dtype=False)
+    pd.testing.assert_series_equal(table["sd"].sort_index(), by_key.std(), check_names=False)
+    best = tables.summary(tables.differences(table.reset_index())).query("part == 'best comparator'")
+    mean = tables.summary(tables.differences(table.reset_index())).query("part == 'mean over all'")
+    assert mean["difference"].item() == pytest.approx(best["difference"].mean())
+    assert (mean["wins"] + mean["losses"]).item() == len(best)
+    assert mean["losses"].item() > 0  # the fixture has a loss, and it is shown
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"param.lr": 0.2},
+        {"param.epochs": 4},
+        {"param.weights": "a.safetensors"},
+        {"param.label_smoothing": 0.1},  # unknown to the tables
+        {"param.size": 16},
+        {"dataset": "cifar10"},
+        {"network": "resnet56"},
+        {"budget.macs": 0.4},
+        {"budget.params": 0.6},
+        {"param.phase_end": 0.5},
+        {"method": "taylor"},
+    ],
+)
+def test_what_differs_is_not_averaged(monkeypatch, other):
+    assert len(tables.accuracy(study_of(monkeypatch, run(), run(seed=1, **other)))) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"param.threads": 2, "param.out": "elsewhere"},
+        {"param.phase_end": 0.3},  # its default, which the older run lacks
+        {"param.prune_at": 0.5},  # says nothing of a run that is not pruned at once
+    ],
+)
+def test_what_says_nothing_is_averaged(monkeypatch, other):
+    runs = study_of(monkeypatch, run(), run(seed=1, **other), defaults={"phase_end": 0.3, "prune_at": 0.0})
+    assert list(tables.accuracy(runs)["n"]) == [2]
+
+
+def test_the_same_run_twice_is_one_seed(monkeypatch):
+    table = tables.accuracy(study_of(monkeypatch, run(), run(run="again"), run(seed=1, test_accuracy=0.8)))
+    assert list(table["n"]) == [2]
+    assert list(table["accuracy"]) == pytest.approx([85])
+
+
+def test_every_parameter_of_the_run_notebook_has_its_place():
+    places = (tables.NAMED, tables.RECIPE, tables.OF_COMPARATORS, tables.OF_CONTROLLER, tables.SAYS_NOTHING)
+    known = [name for place in places for name in place]
+    assert len(known) == len(set(known))
+    assert set(tables.run_defaults(RUN_NOTEBOOK)) <= set(known), (
+        "say in tables.py what the parameter is to a comparison"
+    )
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    alone = tables.accuracy(study_of(monkeypatch, run()))
+    assert tables.missing(alone) == [
+        "ResNet-20, digits, from scratch, 3 epochs: no run of dense, no comparator, one seed"
+    ]
+    unread = tables.accuracy(study_of(monkeypatch, run(test_accuracy=None), run(test_accuracy=None, **DENSE)))
+    assert "no test accuracy" in tables.missing(unread)[0]
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No finished run"):
+        tables.study(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [[run()], [run(**DENSE)], [run(), run(method="taylor")], [run(run="d/search_x/k")]])
+def test_few_runs_still_make_every_table(monkeypatch, rows, tmp_path):
+    for name, table in all_tables(study_of(monkeypatch, *rows)).items():
+        assert tables.write(table, name, tmp_path).startswith(f"# {tables.PAGES[name][0]}\n")
+
+
+def all_tables(study):
+    accuracy = tables.accuracy(study)
+    differences = tables.differences(accuracy)
+    return {
+        **{"accuracy": accuracy, "differences": differences, "summary": tables.summary(differences)},
+        **{"delivered": tables.delivered(study), "search": tables.search(study)},
+        "published": tables.beside_published(accuracy, pd.read_csv(PUBLISHED)),
+    }
+
+
+def test_tables_are_the_same_bytes_each_time(study, tmp_path):
+    again = tables.study(FIXTURE, tables.run_defaults(RUN_NOTEBOOK)).sample(frac=1, random_state=0)
+    for folder, runs in (("one", study), ("other", again)):  # in whatever order the runs are read
+        for name, table in all_tables(runs).items():
+            tables.write(table, name, tmp_path / folder)
+    files = sorted((tmp_path / "one").iterdir())
+    assert len(files) == 2 * len(tables.PAGES)
+    for path in files:
+        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
+        assert b"\r" not in path.read_bytes()
+
+
+def test_search_ranks_variants_by_validation_alone(study):
+    table = tables.search(study)
+    assert list(table["options"]) == ["phase_end 0.5", "phase_end 0.3"]
+    assert table["val_accuracy"].is_monotonic_decreasing
+    assert "accuracy" not in table
+    assert not study[study["searched"]]["run"].isin(tables.delivered(study)["run"]).any()
+
+
+def test_delivered_has_every_bound_of_every_run(study):
+    table = tables.delivered(study)
+    joint = table[table["budget"] == "50 % macs + 40 % params"]
+    assert list(joint["cost"]) == ["macs", "params"]
+    assert table["used"].le(100 + 1e-9).all()
+    assert set(table.dropna(subset="before")["method"]) == {"fixed_strength"}
+
+
+def test_published_rows_are_marked_and_have_their_source(study):
+    published = pd.read_csv(PUBLISHED)
+    table = all_tables(study)["published"]
+    theirs = table[table["source"] == "published"]
+    assert set(table[table["source"] == "here"]["data"]) == {"cifar10-madeup"}
+    paper = theirs["method"] == "Tailored Channel Pruning"
+    assert set(theirs[paper]["accuracy"]) == {tables.NOT_PUBLIC}
+    names = ["method", "accuracy", "flops_reduction", "citation", "seen_at"]
+    committed = published[["method", "pruned_top1", "flops_reduction_pct", "citation", "seen_at"]]
+    assert set(map(tuple, theirs[~paper][names].to_numpy())) <= set(map(tuple, committed.to_numpy()))
+    assert (theirs[~paper]["flops_reduction"] - 50).abs().le(5.1).all()  # the fixture delivers a little less than 50 %
+
+
+def test_published_file_passes_its_own_checks():
+    published = pd.read_csv(PUBLISHED)
+    kept, dropped = trim(published)
+    assert dropped.sum() == 0
+    pd.testing.assert_frame_equal(kept, published)
+    assert published[["citation", "seen_at", "pruned_top1", "flops_reduction_pct"]].notna().all(axis=None)
+    macs = published["architecture"].map(
+        {"ResNet-20": 40.6, "ResNet-56": 125.5, "ResNet-110": 252.9, "VGG-16-BN": 313.7}
+    )
+    printed = published["pruned_flops"].str.extract(r"^([\d.]+)M$")[0].astype(float)
+    assert (100 * (1 - printed / macs) - published["flops_reduction_pct"]).abs().max() < 2
+
+
+def test_trim_gives_a_reason_for_each_dropped_row():
+    good = pd.read_csv(PUBLISHED).iloc[[0]]
+    changes = [
+        {},
+        {"architecture": "LeNet"},
+        {"pruned_top1": None},
+        {"pruned_top1": 100.1},
+        {"flops_reduction_pct": -1.0},
+        {"pruned_top1": 97.0},
+        {"seen_at": "[quoted] LOW RELIABILITY"},
+        {"method": "X (dynamic)"},
+        {"seen_at": "[quoted] elsewhere (read via index id 12, Table 1)"},
+    ]
+    kept, dropped = trim(pd.concat([good.assign(**change) for change in changes], ignore_index=True))
+    pd.testing.assert_frame_equal(kept, good.reset_index(drop=True), check_dtype=False)
+    assert list(dropped) == [1, 1, 2, 1, 1, 1, 1]
+    kept, _ = trim(good.assign(**changes[-1]))
+    assert kept["seen_at"].item() == "[quoted] elsewhere (Table 1)"
+
+
+def figures(study):
+    accuracy = tables.accuracy(study)
+    pairs = tables.differences(accuracy)
+    published = pd.read_csv(PUBLISHED)
+    beside = tables.beside_published(accuracy, published)
+    (name, rows), *_ = study_plots.groups(accuracy).items()
+    assert name == "resnet20-cifar10-madeup-pretrained-e12"
+    first = tables.GROUP, list(rows[tables.GROUP].iloc[0])
+    ours = study[(study["method"] == "tailored") & ~study["searched"] & study[first[0]].eq(first[1]).all(axis=1)]
+    return {
+        "pareto": lambda: study_plots.pareto_figure(rows),
+        "differences": lambda: study_plots.difference_figure(pairs[pairs[first[0]].eq(first[1]).all(axis=1)]),
+        "adaptation": lambda: study_plots.adaptation_figure(pairs),
+        "utilisation": lambda: study_plots.utilisation_figure(tables.delivered(study)),
+        "widths": lambda: study_plots.widths_figure(FIXTURE, ours),
+        "published": lambda: study_plots.published_figure(beside[beside["network"] == "resnet56"], published),
+    }
+
+
+@pytest.mark.parametrize("name", ["pareto", "differences", "adaptation", "utilisation", "widths", "published"])
+def test_figures_are_the_same_each_time_and_all_their_words_are_inside(study, name):
+    before = dict(mpl.rcParams)
+    one, other = (figures(study)[name]() for _ in range(2))
+    assert dict(mpl.rcParams) == before
+    assert plt.get_fignums() == []
+    first, second = FigureCanvasAgg(one), FigureCanvasAgg(other)
+    first.draw()
+    second.draw()
+    np.testing.assert_array_equal(first.buffer_rgba(), second.buffer_rgba())
+
+    words = [*one.texts, *(text for axes in one.axes for text in (*axes.texts, axes.title, axes.xaxis.label))]
+    edges = {text.get_text(): text.get_window_extent() for text in words if text.get_text().strip()}
+    assert [text for text, box in edges.items() if box.x0 < -1 or box.x1 > one.bbox.x1 + 1] == []
+    assert one.axes[-1].get_xlabel() or one.get_supxlabel()
+
+
+def test_names_at_the_right_do_not_overlap(study):
+    axes = figures(study)["pareto"]().axes[0]
+    boxes = sorted(
+        (text.get_window_extent() for text in axes.texts if "dense" not in text.get_text()), key=lambda b: b.y0
+    )
+    assert len(boxes) == 9
+    assert all(below.y1 < above.y0 + 3 for below, above in zip(boxes, boxes[1:], strict=False))
+
+
+def test_groups_that_differ_in_recipe_alone_have_two_names(monkeypatch):
+    table = tables.accuracy(study_of(monkeypatch, run(), run(**{"param.lr": 0.2})))
+    assert list(study_plots.groups(table)) == ["resnet20-digits-scratch-e3", "resnet20-digits-scratch-e3_recipe2"]
+
+
+def test_the_fixture_is_what_its_script_writes_and_says_that_it_is_made_up(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FIXTURE.parent)
+    import make
+
+    monkeypatch.setattr(make, "RUNS", tmp_path / "runs")
+    make.main()
+    written, committed = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (make.RUNS, FIXTURE)
+    )
+    assert written == committed
+    assert sum(map(len, written.values())) < 200_000
+    datasets = {json.loads(text)["dataset"] for path, text in written.items() if path.name == "metrics.json"}
+    assert datasets == {"cifar10-madeup"} <= set(tables.DATA)
+
+
+def test_trimming_again_writes_the_committed_file(tmp_path, capsys):
+    main(PUBLISHED, tmp_path / "published.csv")
+    assert (tmp_path / "published.csv").read_bytes() == PUBLISHED.read_bytes()
+    assert "rows kept" in capsys.readouterr().out
+    header = PUBLISHED.with_name("published_dropped.csv").read_text().splitlines()
+    assert (tmp_path / "published_dropped.csv").read_text().splitlines()[0] == header[0] == "reason,rows"
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"), [(83.235, 2, "83.24"), (-1.335, 2, "-1.34"), (-0.001, 2, "0.00"), (2.5, 0, "3")]
+)
+def test_numbers_are_rounded_as_by_hand(value, digits, text):
+    assert tables.number(value, digits) == text
