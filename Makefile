@@ -9,17 +9,37 @@ INSTALLED := .venv/.installed
 TORCH := $(shell grep -oE '"torch(vision)?==[^"]+"' pyproject.toml | tr -d '"')
 MEASURED ?= build/benchmarks
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+# of a declaration: runs at once, and what Snakemake is told (on a cluster: docs/experiments.md)
+CORES ?= all
+SNAKEMAKE ?= --cores $(CORES)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help study test test-slow lint lab benchmark clean FORCE
+.PHONY: help study status report test test-slow lint lab benchmark clean FORCE
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
 		| while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
-study: $(NOTEBOOKS:notebooks/%=build/notebooks/%) ## run every notebook on its defaults; figures and tables go to build/ (optional: DATA=... EPOCHS=...)
-	@echo "Done. Executed notebooks: build/notebooks/, their figures and tables: build/runs/"
+# $(call experiments,command,name): the command line of docs/experiments.md, with the places given to make
+experiments = $(BIN)/python -m tcp_core.experiments $(1) "$(2)" $(if $(RUNS),--runs "$(RUNS)") \
+	$(if $(EXPERIMENTS),$(if $(DATA),--data "$(DATA)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")) \
+	$(if $(filter-out all,$(CORES)),--cores $(CORES))
+
+study: $(if $(EXPERIMENTS),$(INSTALLED),$(if $(DRY),$(INSTALLED),$(NOTEBOOKS:notebooks/%=build/notebooks/%))) ## all notebooks on their defaults and experiments/small.yaml; or one declaration: EXPERIMENTS=name DATA=... [WEIGHTS=... RUNS=... CORES=... DRY=1]
+	@$(call experiments,$(if $(DRY),list,study),$(or $(EXPERIMENTS),small)) $(if $(DRY),,--snakemake "$(SNAKEMAKE)")
+	@$(if $(EXPERIMENTS)$(DRY),,$(MAKE) --no-print-directory report)
+	@$(if $(EXPERIMENTS)$(DRY),,echo "Done. Executed notebooks: build/notebooks/ and build/executed/, their figures and tables: build/runs/")
+
+status: $(INSTALLED) ## how far a declaration is: EXPERIMENTS=name [RUNS=... CORES=...]
+	@$(call experiments,status,$(or $(EXPERIMENTS),small))
+
+report: $(INSTALLED) ## all tables and figures again from results/runs, into results/tables and figures; of other runs: RUNS=..., into build/report
+	@mkdir -p build/notebooks
+	@$(BIN)/papermill --kernel python3 --cwd notebooks --no-progress-bar notebooks/90_report.ipynb build/notebooks/90_report.ipynb \
+		-p runs "$(abspath $(or $(RUNS),results/runs))" -p tables "$(CURDIR)/$(if $(RUNS),build/report,results)/tables" \
+		-p figures "$(CURDIR)/$(if $(RUNS),build/report/)figures"
+	@echo "Done. Tables: $(if $(RUNS),build/report,results)/tables/, figures: $(if $(RUNS),build/report/)figures/, to read: build/notebooks/90_report.ipynb"
 
 # one thread, so that the notebooks' checked outputs do not depend on the machine's cores
 test test-slow: export OMP_NUM_THREADS ?= 1
@@ -49,7 +69,7 @@ benchmark: $(INSTALLED) ## measure again what the README states (about half an h
 	$(BIN)/python benchmarks/zoo_exactness.py --out $(MEASURED)/zoo_exactness.csv
 
 clean: ## remove what the targets made, but for .venv
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build dist .snakemake .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find tcp_core tests notebooks benchmarks -name __pycache__ -o -name .ipynb_checkpoints 2>/dev/null | xargs rm -rf
 
 # One notebook, from start to end. One that declares the parameter `out` writes its figures and tables

@@ -35,7 +35,7 @@ def command(wildcards):
 
 rule all:
     input:
-        map(mark, todo),
+        [mark(key) for key in todo],
 
 
 rule run:

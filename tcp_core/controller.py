@@ -2,9 +2,11 @@
 
 After every backward pass it reads the gates' gradients and moves the gates; the surviving weights are never touched.
 
-1. Importance: running mean of the squared gradient of the loss with respect to each gate, the first-order Taylor
-   estimate of what closing it costs (Molchanov et al., 2019), normalised per step so that loss scaling does not matter.
-2. Losing set: units ranked by importance per marginal cost fill the budget from the best down; the rest loses.
+1. Importance: mean over all steps so far of the squared gradient of the loss with respect to each gate, the first-order
+   Taylor estimate of what closing it costs (Molchanov et al., 2019), normalised per step so that loss scaling does not
+   matter.
+2. Losing set: units ranked by importance per marginal cost in the dense network fill the budget from the best down; the
+   rest loses.
 3. Strength: losing gates go down by ``strength`` a step, winning ones go up. The strength follows the log-ratio
    between the cost of the units still open and a schedule that leads from the dense cost to the budget.
 4. Freeze: once the schedule is at the budget and every losing gate has reached 0 by itself, the set is final.
@@ -68,6 +70,7 @@ class Controller:
     ) -> None:
         self.channels, self.cost_model, self.min_width = channels, channels.cost_model, min_width
         self.dense = channels.cost()
+        self.marginal = self.cost_model.marginal(torch.ones(channels.units))
         self.bounds = Budget.of(budget).resolve(self.dense)
         self.floor = self.cost_model.exact(required_units(channels, min_width))
         self._check(channels, steps, phase, lookahead, min_width)
@@ -135,10 +138,9 @@ class Controller:
         tiny = torch.finfo(torch.float32).tiny
         square = (gradient / gradient.abs().max().clamp(min=tiny)).float().square()  # scaled first: squares overflow
         square = square / square.sum().clamp(min=tiny)
-        decay = 1 - 1 / self.lookahead
-        mean = decay * self.importance + (1 - decay) * square
-        self.importance = torch.where(finite, mean, self.importance)
         self.refused = self.refused + ~finite
+        seen = (self.step_count + 1 - self.refused).clamp(min=1)
+        self.importance = torch.where(finite, self.importance + (square - self.importance) / seen, self.importance)
         if self.step_count >= self.start and (self.step_count - self.start) % self.interval == 0:
             self._rank()
         if self.step_count >= self.start:
@@ -196,10 +198,12 @@ class Controller:
         self.strength = min(max(min(max(wanted, slowest), fastest), low), high)
 
     def score(self) -> Tensor:
-        """Return importance per marginal cost, float64 ``[units]``; costs add up as weighted shares of budgets."""
-        z = (~self.losing).cpu()
-        marginal = self.cost_model.marginal(z)
-        price = sum(self.weights[name] * marginal[name] / bound for name, bound in self.bounds.items())
+        """Return importance per marginal cost, float64 ``[units]``; costs add up as weighted shares of budgets.
+
+        The price is that of the dense network throughout. At the cost of the moment it would fall as a unit's layers
+        narrow, and what is narrow would be narrowed on and on.
+        """
+        price = sum(self.weights[name] * self.marginal[name] / bound for name, bound in self.bounds.items())
         return self.importance.cpu().double() / price.clamp(min=1e-12)
 
     def _weigh(self, cost: Mapping[str, int], targets: Mapping[str, float]) -> None:

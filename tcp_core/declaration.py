@@ -160,14 +160,16 @@ class _Reader:
         self.folder = Path(runs).expanduser().absolute() if runs else project / "build" / "runs"
         self.images = Path(data).expanduser().absolute() if data else None
         self.weights = Path(weights).expanduser().absolute() if weights else None
-        self.problems: list[str] = []
+        self.problems: dict[str, list[str]] = {}  # the keys that have each
 
     def say(self, key: str, text: str) -> None:
-        self.problems.append(f"{self.path.name}: {key}: {text}")
+        self.problems.setdefault(text, []).append(str(key))
 
     def stop(self) -> None:
         if self.problems:
-            raise DeclarationError(self.problems)
+            more = {text: f" and {len(keys) - 3} more" * (len(keys) > 3) for text, keys in self.problems.items()}
+            named = {text: ", ".join(keys[:3]) + more[text] for text, keys in self.problems.items()}
+            raise DeclarationError([f"{self.path.name}: {keys}: {text}" for text, keys in named.items()])
 
     def declaration(self, places: bool, budgets: bool) -> Declaration:
         content = self.load()
@@ -179,7 +181,10 @@ class _Reader:
         for name, body in content["experiments"].items():
             for run in self.experiment(name, body, fixed):
                 if run.key in runs:
-                    self.say(run.key, "two runs have this key; a value of a grid that is written as a list, such as [0], is part of it")
+                    self.say(
+                        run.key,
+                        "two runs have this key; values of a grid are part of it if written as a list, such as [0]",
+                    )
                 runs[run.key] = run
         self.stop()
         for run in runs.values():
@@ -188,8 +193,8 @@ class _Reader:
         declaration = Declaration(self.path, self.notebook, runs, [])
         todo = declaration.todo()
         declaration.missing.extend(self.missing(todo))
-        if places:
-            self.problems += [f"{self.path.name}: {text}" for text in declaration.missing]
+        for text in declaration.missing if places else ():
+            self.say(*text.split(": ", 1))
         if budgets:
             self.check_budgets(todo)
         self.stop()
@@ -207,7 +212,7 @@ class _Reader:
         types = {"data": str, "notebook": str, "experiments": dict, "fixed": dict}
         content = content if isinstance(content, dict) else {}
         for key in content.keys() - types.keys():
-            self.say(str(key), f"unknown key{_nearest(key, types)}; allowed are {', '.join(types)}")
+            self.say(key, f"unknown key{_nearest(key, types)}; allowed are {', '.join(types)}")
         for key, kind in types.items():
             if key in content or key != "fixed":
                 given = content.get(key)
@@ -334,7 +339,8 @@ class _Reader:
                 own = f"a dense {run.values.get('network')} is needed"
                 self.say(run.key, f"weights: 'run:{run.needs}' gives a {method} {network}; {own}")
         if run.is_done():
-            self.problems += run.disagreements()
+            for text in run.disagreements():
+                self.say(run.key, text)
         elif run.values.get("method") in baselines.METHODS:
             try:
                 baselines.pruner(run.values["method"], run.budget(), at=run.values.get("prune_at", 0.0))

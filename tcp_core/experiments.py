@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import papermill
 from jupyter_client import AsyncKernelManager
@@ -47,7 +48,7 @@ def execute(declaration: Declaration, key: str, *, cores: int = 1) -> None:
                     *(declaration.notebook, notebook, run.params),
                     **{"kernel_name": "python3", "language": "python", "cwd": declaration.notebook.parent},
                     **{"progress_bar": False, "stdout_file": stream, "stderr_file": stream},
-                    kernel_manager_class=_kernel_that_holds(lock),
+                    kernel_manager_class=_kernel_of(lock, stream),
                 )
                 fault = "" if run.is_done() else f"the notebook came to its end, but {run.folder} has no metrics.json"
                 fault = fault or "\n".join(run.disagreements())
@@ -75,8 +76,8 @@ def _locked(run: Run) -> Iterator[int]:
         yield file.fileno()
 
 
-def _kernel_that_holds(lock: int) -> type[AsyncKernelManager]:
-    """Return a manager of kernels of this interpreter that hold the lock as well.
+def _kernel_of(lock: int, log: TextIO) -> type[AsyncKernelManager]:
+    """Return a manager of kernels of this interpreter that hold the lock as well and complain in the log.
 
     A kernel outlives its killed parent by a second or more, in which it still writes; until then the run is not free.
     """
@@ -86,7 +87,7 @@ def _kernel_that_holds(lock: int) -> type[AsyncKernelManager]:
             return [sys.executable, *super().format_kernel_cmd(*arguments, **options)[1:]]
 
         async def start_kernel(self, **options) -> None:
-            await super().start_kernel(pass_fds=[lock], **options)
+            await super().start_kernel(pass_fds=[lock], stderr=log, **options)
 
     return Manager
 
@@ -162,7 +163,8 @@ def study(path: Path, options: Sequence[str], snakemake: Sequence[str]) -> None:
         raise RuntimeError(f"{path.stem} is being run by another process; `status` says how far it is") from None
     os.set_inheritable(lock, True)  # held until Snakemake ends, however it ends
     command = [sys.executable, "-m", "snakemake", "--snakefile", project / "Snakefile", "--directory", project]
-    command += ["--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "--keep-going", "--quiet", "rules"]
+    command += ["--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "--keep-going", "--quiet"]
+    command += ["rules", "host", "progress", "reason"]
     os.execv(sys.executable, [*map(str, command), *snakemake, "--config", f"experiments={path}", *options])
 
 

@@ -39,7 +39,7 @@ NAMES = {name: names[0] for known in ARCHITECTURES.values() for name, names in k
 NAMED = ("network", "data", "size", "epochs", "method", "macs", "params")
 RECIPE = ("batch_size", "lr", "weight_decay", "augment", "precision", "val_images", "weights")
 OF_COMPARATORS = ("prune_at", "restart")
-OF_CONTROLLER = ("phase_end",)
+OF_CONTROLLER = ("phase_start", "phase_end")
 SAYS_NOTHING = ("seed", "threads", "out", "read_test")
 
 GROUP = ["data", "network", "setting", "epochs", "recipe"]

@@ -117,8 +117,8 @@ def fit(
     again = round(restart * steps)
 
     def factor(step: int) -> float:
-        """Return the learning rate's factor: one schedule for the whole run, or one before and one after ``again``."""
-        return warmup_cosine(step, again, warmup) if step < again else warmup_cosine(step - again, steps - again, warmup)
+        first, length = (0, again) if step < again else (again, steps - again)
+        return warmup_cosine(step - first, length, warmup)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     history: list[dict] = []

@@ -256,7 +256,7 @@ def test_every_run_ends_frozen_within_a_used_up_budget(setup, seed, spread, drif
 
     rows = controller.trajectory
     assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
-    assert {*rows[-1]} == {*results.TRAJECTORY} - {"epoch"}  # fit adds the epoch
+    assert {*rows[-1]} == {*results.TRAJECTORY, "changed"} - {"epoch"}  # fit adds the epoch
     assert {name: rows[-1][name] for name in controller.dense} == channels.cost(open_units)
     assert rows[-1]["losing"] == rows[-1]["closed"] == int((~open_units).sum())
     assert rows[-1]["step"] <= controller.end + 2

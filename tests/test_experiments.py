@@ -1,0 +1,403 @@
+"""Declarations: what they stand for, every kind of refusal, and studies that are killed and started again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+
+from tcp_core import experiments
+from tcp_core.declaration import DeclarationError, read
+
+ROOT = Path(__file__).resolve().parents[1]
+PARAMETERS = """
+network: str = "small_resnet"  # name
+data: str = "digits"  # name or folder
+method: str = "tailored"  # how
+macs: float = 0.5  # budget
+params: float = 0.0  # budget
+epochs: int = 2  # passes
+lr: float = 0.1  # rate
+seed: int = 0  # of everything
+weights: str = ""  # start
+restart: bool = False  # of the schedule
+fail: bool = False  # on purpose
+out: str = "../build/runs/fake"  # folder
+"""
+# what a run does, in a second: its result depends on its parameters and its start alone
+BODY = """
+import json, pathlib, time
+folder = pathlib.Path(out)
+(folder / "metrics.json").unlink(missing_ok=True)
+given = {"network": network, "data": pathlib.Path(data).name, "method": method, "macs": macs, "params": params}
+given |= {"epochs": epochs, "lr": lr, "seed": seed, "weights": "/".join(pathlib.Path(weights).parts[-2:])}
+(folder / "params.json").write_text(json.dumps(given | {"restart": restart, "fail": fail}))
+with (folder.parent / "began.txt").open("a") as began:
+    print(folder.name, file=began)
+start = pathlib.Path(weights).read_text() if weights else "nothing"
+for epoch in range(epochs):
+    print("epoch", epoch + 1, flush=True)
+    time.sleep(0.3)
+    assert not fail, "failed on purpose"
+(folder / "network.safetensors").write_text(f"{start}, then {network} {method} {seed}")
+(folder / "metrics.json").write_text(json.dumps({"start": start, "seed": seed, "seconds_train": epochs * 0.3}))
+"""
+SMALL = """
+data: digits
+notebook: fake
+experiments:
+  start:
+    grid: {method: dense, seed: [0, 1]}
+  from_start:
+    fixed: {epochs: 3}
+    grid: {method: taylor, macs: [0.5], seed: [0, 1], weights: "run:start/dense-seed{seed}"}
+  scratch:
+    grid: {macs: [0.5, 0.25]}
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Return a function that writes a declaration beside a notebook that takes a second, and gives its path."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "experiments").mkdir()
+    shutil.copy(ROOT / "Snakefile", tmp_path)
+    cells = [nbformat.v4.new_code_cell(text.strip()) for text in (PARAMETERS, BODY)]
+    cells[0].metadata.tags = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "notebooks" / "fake.ipynb")
+
+    def declare(text=SMALL, name="small"):
+        path = tmp_path / "experiments" / f"{name}.yaml"
+        path.write_text(text)
+        return path
+
+    return declare
+
+
+def finished(run, **changed):
+    """Make the results of a run, as its notebook would."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    weights = "/".join(Path(run.params.get("weights", "")).parts[-2:])
+    params = run.declared | {"weights": weights, "data": Path(run.params["data"]).name} | changed
+    (run.folder / "params.json").write_text(json.dumps(params))
+    (run.folder / "metrics.json").write_text(json.dumps({"seconds_train": 60.0}))
+
+
+def problems(path, **options):
+    with pytest.raises(DeclarationError) as caught:
+        read(path, **options)
+    return caught.value.problems
+
+
+# What a declaration stands for
+
+
+def test_keys_folders_and_parameters(project):
+    runs = read(project()).runs
+    assert list(runs) == [
+        *("start/dense-seed0", "start/dense-seed1"),
+        *("from_start/taylor-macs0.5-seed0", "from_start/taylor-macs0.5-seed1"),
+        *("scratch/macs0.5", "scratch/macs0.25"),
+    ]
+    run = runs["from_start/taylor-macs0.5-seed1"]
+    folder = project().parent.parent / "build" / "runs" / "small"
+    assert (run.folder, run.needs) == (folder / run.key, "start/dense-seed1")
+    assert run.params == {
+        **{"method": "taylor", "macs": 0.5, "params": 0.0, "epochs": 3, "seed": 1, "data": "digits"},
+        **{"weights": str(folder / "start/dense-seed1/network.safetensors"), "out": str(folder / run.key)},
+    }
+
+
+def test_a_budget_that_is_not_declared_is_none(project):
+    runs = read(project("{data: digits, notebook: fake, experiments: {a: {grid: {params: [0.5]}}}}")).runs
+    assert runs["a/params0.5"].budget() == {"params": 0.5}
+
+
+@given(
+    st.permutations(["network: [small_resnet, resnet20]", "macs: [1, 0.5]", "seed: [0, 1]", "restart: [true, false]"])
+)
+def test_keys_do_not_depend_on_the_order_of_the_file(tmp_path_factory, order):
+    folder = tmp_path_factory.mktemp("order")
+    (folder / "notebooks").mkdir()
+    (folder / "experiments").mkdir()
+    cell = nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / "notebooks" / "fake.ipynb")
+    path = folder / "experiments" / "x.yaml"
+    path.write_text(f"{{data: digits, notebook: fake, experiments: {{a: {{grid: {{{', '.join(order)}}}}}}}}}")
+    keys = read(path, budgets=False).runs.keys()
+    assert len(keys) == 16
+    assert {"a/small_resnet-macs1-seed0-restart", "a/resnet20-macs0.5-seed1-no-restart"} <= keys
+
+
+def test_what_is_done_is_not_to_do_unless_its_network_is_gone_and_needed(project):
+    runs = read(project()).runs
+    finished(runs["start/dense-seed0"])
+    finished(runs["scratch/macs0.5"])
+    declaration = read(project())
+    assert runs.keys() - declaration.todo().keys() == {"scratch/macs0.5"}
+    (runs["start/dense-seed0"].folder / "network.safetensors").touch()
+    assert runs.keys() - declaration.todo().keys() == {"scratch/macs0.5", "start/dense-seed0"}
+    (runs["start/dense-seed0"].folder / "network.safetensors").unlink()
+    finished(runs["from_start/taylor-macs0.5-seed0"])
+    assert "start/dense-seed0" not in read(project()).todo()
+
+
+# Refusals
+
+
+def declared(experiments="a: {grid: {macs: [0.5]}}", **changed):
+    lines = {"data": "digits", "notebook": "fake", "experiments": f"{{{experiments}}}"} | changed
+    return "\n".join(f"{key}: {value}" for key, value in lines.items() if value is not None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("data: [", ["not valid YAML"]),
+        ("- a list", ["data, notebook: None given", "experiments: None given"]),
+        (declared("a: {grid: {seed: 0, seed: 1}}"), ["'seed' stands twice"]),
+        (declared(notebok="fake"), ["notebok: unknown key (did you mean notebook?)", "data, notebook, experiments"]),
+        (declared(data=None), ["data: None given"]),
+        (declared(data=7), ["data: 7 given"]),
+        (declared(notebook="fak"), ["there is no", "did you mean fake?"]),
+        (declared(fixed="{epocs: 3}"), ["fixed.epocs: unknown parameter (did you mean epochs?)", "network, method"]),
+        (declared("a: {grid: {sead: [1]}}"), ["experiments.a.grid.sead: unknown parameter (did you mean seed?)"]),
+        (declared("a: {grid: {}, gird: 1}"), ["experiments.a:", "fixed, grid or both"]),
+        (declared("a/b: {grid: {seed: 1}}"), ["experiments.a/b:", "letters"]),
+        (declared("a: {grid: [{seed: 1}, 3]}"), ["experiments.a.grid[1]: 3 given"]),
+        (declared("a: {grid: {seed: []}}"), ["experiments.a.grid.seed: an empty list"]),
+        (declared("a: {fixed: {seed: 1}, grid: {seed: [1]}}"), ["a.grid.seed: stands in experiments.a.fixed too"]),
+        (declared(fixed="{data: digits}"), ["fixed.data: 'digits' given; this is set by"]),
+        (declared(fixed="{epochs: true}"), ["fixed.epochs: True given; it must be of type int"]),
+        (declared(fixed="{epochs: 2.0}"), ["fixed.epochs: 2.0 given; it must be of type int"]),
+        (declared(fixed="{restart: 1}"), ["fixed.restart: 1 given; it must be of type bool"]),
+        (declared(fixed="{lr: 5e-4}"), ["fixed.lr: '5e-4' given; it must be of type float", "5.0e-4"]),
+        (declared(fixed="{seed: [1, 2]}"), ["fixed.seed: [1, 2] given; it must be of type int"]),
+        (declared(fixed="{epochs: 0}"), ["fixed.epochs: 0 given; it must be at least 1"]),
+        (
+            declared(fixed="{network: resnet2}"),
+            ["network: 'resnet2' given; it must be one of densenet40_12, googlenet"],
+        ),
+        (declared("a: {grid: {method: [tailord]}}"), ["it must be one of tailored, dense, ", "did you mean tailored?"]),
+        (declared("a: {grid: {macs: [1.5]}}"), ["experiments.a.grid.macs: 1.5 given; it must be in [0, 1]"]),
+        (declared("a: {grid: {macs: [-0.5]}}"), ["-0.5 given"]),
+        (declared("a: {grid: {macs: [.nan]}}"), ["nan given"]),
+        (declared("a: {grid: {macs: [0.0001]}}"), ["a/macs0.0001: the macs budget of 74", "floor", "macs >= 2370"]),
+        (
+            declared("a: {grid: {method: dense, macs: [0.5]}}"),
+            ["a/dense-macs0.5: method dense with {'macs': 0.5} given"],
+        ),
+        (declared("a: {grid: {method: taylor}}"), ["a/taylor: method taylor with no budget given"]),
+        (
+            declared("a: {grid: {method: fixed_strength, macs: [0.5]}}"),
+            ["a/fixed_strength-macs0.5: fixed_strength needs"],
+        ),
+        (declared("a: {grid: [{macs: [0.5]}, {macs: [0.5]}]}"), ["a/macs0.5: two runs have this key"]),
+        (declared("a: {grid: {weights: x.safetensors, macs: [0.5]}}"), ["weights: 'x.safetensors' given", '"run:<key']),
+        (declared('a: {grid: {weights: "run:{ned}", macs: [0.5]}}'), ["a/macs0.5: weights 'run:{ned}': 'ned'"]),
+        (declared("a: {grid: {weights: 'run:b/x', macs: [0.5]}}"), ["a/macs0.5: weights: there is no run 'b/x'"]),
+        (declared("a: {grid: {weights: 'run:a/dense', method: dense}}"), ["a/dense: weights: 'run:a/dense'", "circle"]),
+        (
+            declared(
+                "a: {grid: {weights: 'run:b/dense', method: dense}}, b: {grid: {weights: 'run:a/dense', method: dense}}"
+            ),
+            [
+                "a/dense: weights: 'run:b/dense' leads in a circle",
+                "b/dense: weights: 'run:a/dense' leads in a circle",
+            ],
+        ),
+        (
+            declared("a: {fixed: {network: resnet20, method: dense}}, b: {grid: {weights: 'run:a/run', macs: [0.5]}}"),
+            ["gives a dense resnet20; a dense small_resnet is needed"],
+        ),
+        (
+            declared("a: {grid: {macs: [0.5]}}, b: {grid: {weights: 'run:a/macs0.5', macs: [0.3]}}"),
+            ["gives a tailored"],
+        ),
+        (declared(fixed="{network: vgg16_bn}"), ["a/macs0.5: the model raised", "(2, 1, 8, 8)"]),
+        (declared(data="pictures"), ["data: pictures is needed", "DATA=/path/to/pictures"]),
+        (
+            declared("a: {grid: {macs: [0.5], weights: 'file:x.safetensors'}}"),
+            ["there is no WEIGHTS/x.safetensors", "WEIGHTS=/path"],
+        ),
+    ],
+)
+def test_refusals(project, text, words):
+    found = "\n".join(problems(project(text)))
+    assert all(word in found for word in words), found
+    assert "small.yaml" in found
+
+
+def test_all_problems_are_told_at_once(project):
+    text = declared("a: {grid: {sed: 1, macs: 2}}, b: {grid: {method: tailord}}", fixed="{lr: fast}")
+    assert len(problems(project(text))) == 4
+
+
+def test_a_problem_of_many_runs_is_told_once(project):
+    (told,) = problems(project(declared("a: {grid: {weights: 'run:b/x', macs: [0.5], seed: [0, 1, 2, 3, 4]}}")))
+    assert "a/macs0.5-seed0, a/macs0.5-seed1, a/macs0.5-seed2 and 2 more: weights: there is no run 'b/x'" in told
+
+
+def test_no_such_declaration(project):
+    assert "declarations in this folder: small" in problems(project().with_name("smal.yaml"))[0]
+
+
+def image_folder(folder, size=(32, 32)):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / part / name).mkdir(parents=True)
+            Image.new("RGB", size).save(folder / part / name / "0.png")
+    return folder
+
+
+def test_folders_of_images(project, tmp_path):
+    path = project(declared("a: {grid: {macs: [0.5]}}", data="pictures", fixed="{network: vgg16_bn}"))
+    found = read(path, places=False)
+    assert len(found.runs) == 1
+    assert "DATA=/path/to/pictures" in found.missing[0]
+    folder = image_folder(tmp_path / "pictures")
+    assert read(path, data=folder).runs["a/macs0.5"].params["data"] == str(folder)
+    for wrong, words in [
+        (tmp_path / "absent" / "pictures", "there must be train/<class>/*"),
+        (image_folder(tmp_path / "other"), "its last part must be the declared name, pictures"),
+        (image_folder(tmp_path / "tiny" / "pictures", (8, 8)), "the model raised"),
+    ]:
+        assert words in problems(path, data=wrong)[0]
+    assert "leave it out" in problems(project(), data=folder)[0]
+
+
+def test_cifar10_may_lie_in_a_folder_of_any_name(project, tmp_path):
+    path = project(declared(data="cifar10"))
+    (tmp_path / "datasets" / "cifar-10-batches-py").mkdir(parents=True)
+    assert read(path, data=tmp_path / "datasets").runs["a/macs0.5"].declared["data"] == "cifar10"
+    assert "macs >=" in problems(project(declared("a: {grid: {macs: [0.0001]}}", data="cifar10")), places=False)[0]
+
+
+def test_files_of_weights(project, tmp_path):
+    path = project(declared("a: {grid: {macs: [0.5], weights: 'file:{network}.safetensors'}}"))
+    assert "there is no" in problems(path, weights=tmp_path)[0]
+    save_file({}, tmp_path / "small_resnet.safetensors")
+    run = read(path, weights=tmp_path).runs["a/macs0.5"]
+    assert run.params["weights"] == str(tmp_path / "small_resnet.safetensors")
+    finished(run)  # and then the file is not needed any more, wherever it was
+    assert read(path).todo() == {}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"seed": 5}, "seed is 0 in the declaration and 5 in the finished run's params.json; rename or delete"),
+        ({"data": "letters"}, "data is 'digits' in the declaration and 'letters'"),
+        ({"weights": "dense-seed1/network.safetensors"}, "weights is 'dense-seed0/network.safetensors'"),
+    ],
+)
+def test_results_of_something_else_are_refused(project, changed, words):
+    finished(read(project()).runs["from_start/taylor-macs0.5-seed0"], **changed)
+    assert words in problems(project())[0]
+    assert read(project(), runs=project().parent / "elsewhere")
+
+
+# Execution
+
+
+def command(path, name, *options):
+    return [sys.executable, "-m", "tcp_core.experiments", name, str(path), *options]
+
+
+def run(path, name, *options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(path, name, *options), capture_output=True, text=True, env=environment)
+
+
+def test_one_run(project, tmp_path):
+    key = "scratch/macs0.5"
+    told = run(project(), "run", key)
+    assert told.returncode == 0, told.stderr
+    assert f"done     {key} in " in told.stdout
+    assert "1 done, 0 running, 5 left, time left: about" in told.stdout
+    executed = tmp_path / "build" / "executed" / "small" / "scratch"
+    assert "epoch 1\nepoch 2\n" in (executed / "macs0.5.log").read_text()
+    assert "epoch 2" in (executed / "macs0.5.ipynb").read_text()
+    assert not (tmp_path / "build/runs/small" / key / ".lock").exists()
+    assert "by another process" in run(project(), "run", key).stdout
+    assert (tmp_path / "build/runs/small/scratch/began.txt").read_text().split() == ["macs0.5"]
+
+
+def test_a_run_that_fails(project):
+    told = run(project(declared("a: {grid: {macs: [0.5], fail: [true]}}")), "run", "a/macs0.5-fail")
+    assert told.returncode == 1
+    assert "FAILED   a/macs0.5-fail   log: " in told.stderr
+    assert "failed on purpose" in told.stderr
+    assert "\x1b" not in told.stderr
+
+
+def test_status_and_list(project, capsys):
+    runs = read(project()).runs
+    finished(runs["start/dense-seed0"])
+    experiments.main(["list", str(project()), "--cores", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "left     start/dense-seed0"  # its network is gone, and needed
+    (runs["start/dense-seed0"].folder / "network.safetensors").touch()
+    experiments.main(["status", str(project()), "--cores", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["start", "2", "1", "0", "1", "about", "60", "s"]
+    assert lines[-1].split()[:5] == ["all", "6", "1", "0", "5"]
+
+
+def results_of(tmp_path):
+    folder = tmp_path / "build" / "runs" / "small"
+    names = ("params.json", "metrics.json", "network.safetensors")
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.name in names}
+
+
+TINY = """
+data: digits
+notebook: fake
+experiments:
+  start: {fixed: {epochs: 15}, grid: {method: dense, fail: [false, true]}}
+  from_start: {grid: {macs: [0.5], weights: ["run:start/dense-no-fail"]}}
+  from_failed: {grid: {macs: [0.5], weights: ["run:start/dense-fail"]}}
+"""
+
+
+@pytest.mark.slow
+def test_a_failure_stops_those_alone_that_start_from_it(project, tmp_path):
+    told = run(project(TINY), "study", "--snakemake", "--cores 2")
+    assert told.returncode == 1
+    assert {path.parent.name for path in tmp_path.rglob("metrics.json")} == {"dense-no-fail", "macs0.5"}
+    assert "FAILED   start/dense-fail" in told.stderr
+    assert not (tmp_path / "build/runs/small/from_failed").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everything", [True, False])
+def test_a_killed_study_goes_on_to_the_same_results(project, tmp_path, everything):
+    path = project(TINY.replace("[false, true]", "[false]").replace("dense-fail", "dense-no-fail"))
+    options = ["--snakemake", "--cores 2"]
+    study = subprocess.Popen(command(path, "study", *options), start_new_session=True)
+    began = tmp_path / "build/runs/small/start/began.txt"
+    while not began.exists():
+        time.sleep(0.05)
+        assert study.poll() is None
+    (os.killpg if everything else os.kill)(study.pid, signal.SIGKILL)
+    study.wait()
+    told = run(path, "study", *options)
+    assert told.returncode == 0, told.stderr
+    # a run that a killed Snakemake leaves behind goes on, and is waited for; one that was killed is done again
+    assert began.read_text().split() == ["dense-no-fail"] * (2 if everything else 1)
+    killed = results_of(tmp_path)
+    shutil.rmtree(tmp_path / "build")
+    assert run(path, "study", *options).returncode == 0
+    assert results_of(tmp_path) == killed
+    assert len(killed) == 9
