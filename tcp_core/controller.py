@@ -9,7 +9,7 @@ After every backward pass it reads the gates' gradients and moves the gates; the
    rest loses.
 3. Strength: losing gates go down by ``strength`` a step, winning ones go up. The strength follows the log-ratio
    between the cost of the units still open and a schedule that leads from the dense cost to the budget.
-4. Freeze: once the schedule is at the budget and every losing gate has reached 0 by itself, the set is final.
+4. Freeze: a look-ahead before the phase ends the set is final; once every losing gate has reached 0 by itself, frozen.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Controller:
         phase: the shares of the run between which the network is made smaller; importance is measured from the first
             step, and the set is frozen at the end of the phase.
         lookahead: the share of the phase by which a unit is told ahead of its time; as long as a gate takes to close.
+        ramp: the share of the phase, less the look-ahead, in which the schedule goes from the dense cost to the budget.
         min_width: the fewest units that stay in each family.
 
     Attributes:
@@ -63,8 +64,9 @@ class Controller:
         budget: Budget | Mapping,
         *,
         steps: int,
-        phase: tuple[float, float] = (0.05, 0.3),
-        lookahead: float = 0.25,
+        phase: tuple[float, float] = (0.02, 0.15),
+        lookahead: float = 0.2,
+        ramp: float = 0.4,
         min_width: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -73,11 +75,12 @@ class Controller:
         self.marginal = self.cost_model.marginal(torch.ones(channels.units))
         self.bounds = Budget.of(budget).resolve(self.dense)
         self.floor = self.cost_model.exact(required_units(channels, min_width))
-        self._check(channels, steps, phase, lookahead, min_width)
+        self._check(channels, steps, phase, lookahead, ramp, min_width)
         self.steps = steps
         self.start, self.end = (round(share * steps) for share in phase)
         length = self.end - self.start
         self.lookahead = min(max(1, round(lookahead * length)), length - 1)
+        self.ramp = ramp * (length - self.lookahead)
         self.interval = max(1, length // 100)
         self.base_strength = 1.001 / self.lookahead  # closes a gate within the look-ahead, rounding included
         self.strength = self.base_strength
@@ -93,7 +96,7 @@ class Controller:
         self.trajectory: list[dict[str, float]] = []
         self.reported = 0
 
-    def _check(self, channels: Channels, steps: int, phase, lookahead: float, min_width: int) -> None:
+    def _check(self, channels: Channels, steps: int, phase, lookahead: float, ramp: float, min_width: int) -> None:
         if not channels.prunable.any():
             raise ValueError(
                 f"no unit of this network can be removed ({channels.units} units; unknown operators: "
@@ -101,10 +104,10 @@ class Controller:
                 f"linear layers."
             )
         pair = isinstance(phase, (tuple, list)) and len(phase) == 2
-        if not pair or not 0 <= phase[0] < phase[1] <= 1 or not 0 < lookahead < 1:
+        if not pair or not 0 <= phase[0] < phase[1] <= 1 or not 0 < lookahead < 1 or not 0 < ramp <= 1:
             raise ValueError(
-                f"phase must be two rising shares of the run in [0, 1] and lookahead in (0, 1); got {phase}, "
-                f"{lookahead}."
+                f"phase must be two rising shares of the run in [0, 1], lookahead in (0, 1) and ramp in (0, 1]; got "
+                f"{phase}, {lookahead}, {ramp}."
             )
         needed = math.ceil(MIN_PHASE_STEPS / (phase[1] - phase[0]))
         if not isinstance(steps, int):
@@ -152,13 +155,15 @@ class Controller:
             self._record()
 
     def schedule(self, step: int) -> dict[str, float]:
-        """Return each budgeted cost's target at ``step``: dense until the first gates may be closed, then geometric."""
-        begin = self.start + self.lookahead
-        share = min(max((step - begin) / (self.end - begin), 0.0), 1.0)
-        return {
-            name: self.dense[name] * (min(bound, self.dense[name]) / self.dense[name]) ** share
-            for name, bound in self.bounds.items()
-        }
+        """Return each budgeted cost's target at ``step``: dense until the first gates may be closed, then geometric.
+
+        It is at the budget before the phase ends, so that units are still exchanged in a network of the final cost.
+        """
+        share = min(max((step - self.start - self.lookahead) / self.ramp, 0.0), 1.0)
+        ends = {name: min(bound, self.dense[name]) for name, bound in self.bounds.items()}
+        if share == 1:  # the integers themselves, which a power would miss by rounding
+            return ends
+        return {name: self.dense[name] * (end / self.dense[name]) ** share for name, end in ends.items()}
 
     def _rank(self) -> None:
         """Choose the losing set for the schedule a look-ahead from now; adapt the strength to the schedule of now."""
@@ -168,8 +173,6 @@ class Controller:
         if not self.final:
             ahead = self.step_count + self.lookahead
             targets = self.schedule(ahead)
-            if ahead >= self.end:  # the budget itself, as an integer
-                targets = self.bounds
             score = self.score()
             winning = fill(self.channels, score, targets, self.min_width)
             self._weigh(self.cost_model.exact(winning), targets)

@@ -11,7 +11,7 @@ from zoo import counted
 
 from tcp_core import Budget, BudgetError, Tailor, close, data, evaluate, fit, nets, remove, trace
 
-STEPS = 48
+STEPS = 96
 
 
 @pytest.fixture
@@ -242,13 +242,11 @@ def test_a_pattern_that_matches_nothing(model, x, pattern):
 # Options of the run
 
 
-@pytest.mark.parametrize("steps", [0, 1, STEPS - 1, -5])
+@pytest.mark.parametrize("steps", [0, 1, 92, -5])
 def test_too_few_steps(model, x, steps):
-    with pytest.raises(
-        ValueError, match=rf"steps={steps} is too short: .* 25% of the run and needs 12.* at least {STEPS}"
-    ):
+    with pytest.raises(ValueError, match=rf"steps={steps} is too short: .* 13% of the run and needs 12.* at least 93"):
         Tailor(model, x, budget={"macs": 0.5}, steps=steps)
-    Tailor(model, x, budget={"macs": 0.5}, steps=STEPS)
+    Tailor(model, x, budget={"macs": 0.5}, steps=93)
     Tailor(model, x, budget={"macs": 0.5}, steps=24, phase=(0.25, 0.75))
 
 
@@ -273,13 +271,15 @@ def test_a_min_width_that_is_no_width(model, x, min_width):
         {"phase": (0.1, 1.1)},
         {"phase": 0.5},
         {"lookahead": 0},
+        {"ramp": 0},
+        {"ramp": 1.5},
         {"lookahead": 1.0},
         {"lookahead": -0.5},
     ],
 )
 def test_a_phase_outside_the_run(model, x, options):
     with pytest.raises(
-        ValueError, match=r"phase must be two rising shares of the run in \[0, 1\] and lookahead in \(0, 1\)"
+        ValueError, match=r"phase must be two rising shares of the run in \[0, 1\], lookahead in \(0, 1\) and ramp"
     ):
         Tailor(model, x, budget={"macs": 0.5}, steps=1000, **options)
 
@@ -335,7 +335,7 @@ def test_finish_before_the_freeze(x):
     for taken in range(5):
         with pytest.raises(
             RuntimeError,
-            match=rf"before the set is frozen: {taken} of 48 steps .* about step 14\. Train on, or construct",
+            match=rf"before the set is frozen: {taken} of 96 steps .* about step 14\. Train on, or construct",
         ):
             tailor.finish()
         train(tailor, x, steps=1)
