@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .channels import Channels
-from .controller import MIN_PHASE_STEPS, Controller
+from .controller import MIN_PHASE_STEPS, Controller, normalised_square
 from .cost import Budget, BudgetError
 from .gates import Gated, gated_parameters
 from .images import Images
 from .removal import check_same_model, keeping_modes, remove, to_model
 from .selection import fill, tighten
 from .tailor import Report
-from .train import PRECISIONS, _epochs, autocast, channels_last
+from .train import PRECISIONS, autocast, batches_by_epoch, channels_last
 
 METHODS = (
     *("uniform_l1", "global_l1", "slimming", "taylor", "random"),
@@ -92,7 +92,7 @@ def pruner(
         raise ImportError("torch_pruning is a library that is not installed here: pip install torch-pruning")
 
     def measured_on(device: torch.device) -> Iterable:
-        epochs = map(_epochs(train, batch_size, augment, seed, device), range(batches))
+        epochs = map(batches_by_epoch(train, batch_size, augment, seed, device), range(batches))
         return itertools.islice(itertools.chain.from_iterable(epochs), batches)
 
     scores = {
@@ -298,7 +298,7 @@ class FixedStrength(OneShot):
         if (self.step_count - 1) % max(1, self.prune_step // 100) == 0:
             self._record()
         gradient = gradient.nan_to_num(0, 0, 0)
-        self.importance = 0.99 * self.importance + 0.01 * _squared(gradient)
+        self.importance = 0.99 * self.importance + 0.01 * normalised_square(gradient)
         self.mean_square = 0.99 * self.mean_square + 0.01 * gradient.square().mean()
         scale = (self.mean_square / (1 - 0.99**self.step_count)).sqrt().clamp(min=torch.finfo(gradient.dtype).tiny)
         moved = self.gate - REACH / self.prune_step * (gradient / scale + self.penalty)
@@ -396,7 +396,7 @@ def taylor(
             with autocast(device, PRECISIONS[precision]):
                 logits = gated(channels_last(x))
             (gradient,) = torch.autograd.grad(F.cross_entropy(logits.float(), y), gated.gate)
-            importance += _squared(gradient)
+            importance += normalised_square(gradient)
     for buffer, value in statistics:
         buffer.copy_(value)
     if not importance.any():
@@ -501,13 +501,6 @@ def _scales(model: nn.Module, channels: Channels) -> list[tuple[nn.Parameter, Te
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None and units is not None:
             found.append((module.weight, units))
     return found
-
-
-def _squared(gradient: Tensor) -> Tensor:
-    """Return the squares, of sum 1, as in the controller: every batch counts the same."""
-    tiny = torch.finfo(torch.float32).tiny
-    square = (gradient / gradient.abs().max().clamp(min=tiny)).square()
-    return square / square.sum().clamp(min=tiny)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

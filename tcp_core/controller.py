@@ -138,9 +138,7 @@ class Controller:
         for name in ("importance", "gate", "losing", "refused"):  # where the model went, if it was moved
             setattr(self, name, getattr(self, name).to(gradient.device))
         finite = gradient.isfinite().all()
-        tiny = torch.finfo(torch.float32).tiny
-        square = (gradient / gradient.abs().max().clamp(min=tiny)).float().square()  # scaled first: squares overflow
-        square = square / square.sum().clamp(min=tiny)
+        square = normalised_square(gradient)
         self.refused = self.refused + ~finite
         seen = (self.step_count + 1 - self.refused).clamp(min=1)
         self.importance = torch.where(finite, self.importance + (square - self.importance) / seen, self.importance)
@@ -250,6 +248,13 @@ class Controller:
         """Go on where :meth:`state_dict` was taken."""
         for name, value in copy.deepcopy({name: state[name] for name in _STATE}).items():
             setattr(self, name, value)
+
+
+def normalised_square(gradient: Tensor) -> Tensor:
+    """Return the squares of ``gradient`` with sum 1, float32: each step counts the same, whatever the loss's scale."""
+    tiny = torch.finfo(torch.float32).tiny
+    square = (gradient / gradient.abs().max().clamp(min=tiny)).float().square()  # scaled first: squares overflow
+    return square / square.sum().clamp(min=tiny)
 
 
 _STATE = (

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from tcp_core.plots import COLORS, DOTS, TEXT_GREY, _finished, _legend, style
+from tcp_core.plots import COLORS, DOTS, TEXT_GREY, finished, legend, style
 from tcp_core.results import TRAJECTORY, WIDTHS, read_runs, require
 
 Frames = dict[float, pd.DataFrame]
@@ -73,10 +73,10 @@ def cost_by_budget_figure(trajectories: Mapping[float, pd.DataFrame]) -> Figure:
         axes.set_xlabel("share of the run, %")
         _name_parts(axes, trajectories, end)
         _beside(axes, 1.035, ("budget", "delivered"), color=TEXT_GREY, coords="axes fraction")
-        _legend(axes, {"cost now": "-", "schedule": "--"})
+        legend(axes, {"cost now": "-", "schedule": "--"})
         axes.get_legend().set_bbox_to_anchor((1, 1.07))
         axes.set_title("Cost of the units still open", pad=32)
-        return _finished(fig)
+        return finished(fig)
 
 
 def control_by_budget_figure(trajectories: Mapping[float, pd.DataFrame]) -> Figure:
@@ -125,7 +125,7 @@ def control_by_budget_figure(trajectories: Mapping[float, pd.DataFrame]) -> Figu
         if not any("changed" in frame for frame in trajectories.values()):
             grid[1, 0].set_yticks([])
         fig.supxlabel("share of the run, %", fontsize=10)
-        return _finished(fig)
+        return finished(fig)
 
 
 def widths_by_budget_figure(widths: Mapping[float, pd.DataFrame]) -> Figure:
@@ -155,7 +155,7 @@ def widths_by_budget_figure(widths: Mapping[float, pd.DataFrame]) -> Figure:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=3, steps=[1, 2, 5, 10], integer=True))
         fig.supylabel("output channels", fontsize=10)
         rows[0, 0].set_title("Width of each layer, from input to output; grey: the dense network's")
-        return _finished(fig)
+        return finished(fig)
 
 
 def _check(trajectories):

@@ -125,7 +125,7 @@ def cost_figure(trajectory: pd.DataFrame, *, budget, dense, epochs: float | None
             look = {"lw": 1.9} if cost in bounds else {"lw": 1.3, "alpha": 0.5}
             top.plot(at, percent, color=color, drawstyle="steps-post", zorder=3, **look)
         _label_right(top, labels, gap=14)
-        _legend(top, {"cost now": "-", "schedule": "--", "budget": DOTS})
+        legend(top, {"cost now": "-", "schedule": "--", "budget": DOTS})
         top.set(ylim=(0, 105), xlim=(0, end), ylabel="cost, % of dense")
         top.set_title("Cost, from dense to the budget")
 
@@ -136,7 +136,7 @@ def cost_figure(trajectory: pd.DataFrame, *, budget, dense, epochs: float | None
         bottom.set_title("How hard losing gates are pushed")
         axis = bottom.get_xaxis_transform()
         bottom.text((start + stop) / 2, 0.95, "gates close", transform=axis, ha="center", va="top")
-        return _finished(fig)
+        return finished(fig)
 
 
 def widths_figure(widths: pd.DataFrame) -> Figure:
@@ -169,7 +169,7 @@ def widths_figure(widths: pd.DataFrame) -> Figure:
         share = 100 * tailored.sum() / dense.sum()
         axes.set_title(f"Width of each layer: {share:.0f} % of channels kept")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0)
-        return _finished(fig)
+        return finished(fig)
 
 
 def accuracy_figure(
@@ -201,7 +201,7 @@ def accuracy_figure(
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, 0), min(high, 100.5))
         _label_right(axes, labels, gap=0.11 * np.diff(axes.get_ylim())[0])
-        _legend(axes, {"validation": "-", "training": "--"})
+        legend(axes, {"validation": "-", "training": "--"})
         if frozen_epoch is not None:
             axes.axvline(frozen_epoch, color=COLORS["text"], linewidth=1, linestyle=DOTS)
             axes.annotate(
@@ -211,7 +211,7 @@ def accuracy_figure(
         axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
         axes.set(xlabel="epoch", ylabel="accuracy, %")
         axes.set_title("Accuracy after each epoch")
-        return _finished(fig)
+        return finished(fig)
 
 
 def units_figure(channels: Channels, open_units: Tensor | None = None) -> Figure:
@@ -248,7 +248,7 @@ def units_figure(channels: Channels, open_units: Tensor | None = None) -> Figure
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.set_title("Channels of each weight; a number is a unit, a colour a family")
-        return _finished(fig)
+        return finished(fig)
 
 
 def _label_right(axes, labels, *, gap):
@@ -265,14 +265,14 @@ def _label_right(axes, labels, *, gap):
         )  # fmt: skip
 
 
-def _legend(axes, lines):
+def legend(axes, lines):
     """Explain line styles, {name: style}, above the axes, where no data can be."""
     for name, line in lines.items():
         axes.plot([], [], linestyle=line, color=COLORS["text"], linewidth=1.3, label=name)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(lines), borderpad=0)
 
 
-def _finished(fig):
+def finished(fig):
     """Fix layout and ticks while the style holds, and take the figure out of pyplot's hands.
 
     Otherwise a notebook would show it twice, and pyplot would keep every figure alive.

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from scipy.optimize import isotonic_regression
 
-from tcp_core.plots import COLORS, DOTS, TEXT_GREY, _finished, style
+from tcp_core.plots import COLORS, DOTS, TEXT_GREY, finished, style
 from tcp_core.results import WIDTHS, require
 from tcp_core.tables import ARCHITECTURES, COSTS, GOAL, GROUP, METHODS, family, heading, number
 
@@ -276,7 +276,7 @@ def _titled(fig, title, below):
     fig.draw_without_rendering()  # the layout must stand before the second line's place can be told
     corner = heading.get_window_extent().transformed(fig.transFigure.inverted())
     fig.text(corner.x0, corner.y0, below, fontsize=9.5, va="bottom")
-    return _finished(fig)
+    return finished(fig)
 
 
 def _name_right(axes, labels):

@@ -102,9 +102,9 @@ def fit(
         raise ValueError(f"epochs={epochs!r}; it must be an int of at least 1.")
     device = _device(model, device)
     model.to(device)
-    batches = _epochs(train, batch_size, augment, seed, device)
+    batches = batches_by_epoch(train, batch_size, augment, seed, device)
     if val is not None:
-        _epochs(val, batch_size, "none", None, device)  # refused now rather than after the first epoch
+        batches_by_epoch(val, batch_size, "none", None, device)  # refused now rather than after the first epoch
     if not len(batches(0)):
         raise ValueError("there is nothing to train on; give at least one batch.")
     steps = epochs * len(batches(0))
@@ -223,7 +223,7 @@ def evaluate(
     loss, right, seen = 0.0, 0, 0
     with keeping_modes(model):
         model.eval()
-        for x, y in _epochs(images, batch_size, "none", None, device)(0):
+        for x, y in batches_by_epoch(images, batch_size, "none", None, device)(0):
             with autocast(device, PRECISIONS[precision]):
                 logits = model(channels_last(x))
             loss += float(F.cross_entropy(logits.float(), y, reduction="sum"))
@@ -273,7 +273,7 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def _epochs(images: Images | Iterable, batch_size: int, augment: str, seed: int | None, device: torch.device):
+def batches_by_epoch(images: Images | Iterable, batch_size: int, augment: str, seed: int | None, device: torch.device):
     """Return a function from the epoch's number to its batches; ``seed`` None keeps the order and every image."""
     if isinstance(images, Images):
         images = images.to(device)
