@@ -34,12 +34,17 @@ study: $(if $(EXPERIMENTS),$(INSTALLED),$(if $(DRY),$(INSTALLED),$(NOTEBOOKS:not
 status: $(INSTALLED) ## how far a declaration is: EXPERIMENTS=name [RUNS=... CORES=...]
 	@$(call experiments,status,$(or $(EXPERIMENTS),small))
 
+# the five budgets of one network that the notebook on the controller shows
+CONTROLLER ?= results/runs/cifar10-cpu/pretrained
 report: $(INSTALLED) ## all tables and figures again from results/runs, into results/tables and figures; of other runs: RUNS=..., into build/report
 	@mkdir -p build/notebooks
-	@$(BIN)/papermill --kernel python3 --cwd notebooks --no-progress-bar notebooks/90_report.ipynb build/notebooks/90_report.ipynb \
-		-p runs "$(abspath $(or $(RUNS),results/runs))" -p tables "$(CURDIR)/$(if $(RUNS),build/report,results)/tables" \
-		-p figures "$(CURDIR)/$(if $(RUNS),build/report/)figures"
+	@$(call papermill,90_report) -p runs "$(abspath $(or $(RUNS),results/runs))" \
+		-p tables "$(CURDIR)/$(if $(RUNS),build/report,results)/tables" -p figures "$(CURDIR)/$(if $(RUNS),build/report/)figures"
+	@$(if $(RUNS),,$(call papermill,40_controller) -p runs "$(abspath $(CONTROLLER))" -p network resnet20 -p figures "$(CURDIR)/figures")
 	@echo "Done. Tables: $(if $(RUNS),build/report,results)/tables/, figures: $(if $(RUNS),build/report/)figures/, to read: build/notebooks/90_report.ipynb"
+
+# $(call papermill,name): one notebook of the report, executed
+papermill = $(BIN)/papermill --kernel python3 --language python --cwd notebooks --no-progress-bar notebooks/$(1).ipynb build/notebooks/$(1).ipynb
 
 # one thread, so that the notebooks' checked outputs do not depend on the machine's cores
 test test-slow: export OMP_NUM_THREADS ?= 1
@@ -59,11 +64,11 @@ lab: $(INSTALLED) ## open the notebooks in JupyterLab
 
 benchmark: $(INSTALLED) ## measure again what the README states (about half an hour; DATA=folder of images for the input pipeline)
 	$(BIN)/python benchmarks/training_step.py --network resnet20 --out $(MEASURED)/training_step_resnet20.json \
-		--widths results/runs/cifar10-jpeg/resnet20-macs50-e15-s0/widths.csv
+		--widths results/earlier/resnet20-macs50-e15-s0/widths.csv
 	$(BIN)/python benchmarks/training_step.py --network resnet56 --out $(MEASURED)/training_step_resnet56.json \
-		--widths results/runs/cifar10-jpeg/resnet56-macs50-e12-s0/widths.csv
+		--widths results/earlier/resnet56-macs50-e12-s0/widths.csv
 	$(BIN)/python benchmarks/training_step.py --network resnet56 --out $(MEASURED)/training_step_resnet56_multiples_of_8.json \
-		--widths results/runs/cifar10-jpeg/resnet56-macs50-e12-s0/widths.csv --multiple 8
+		--widths results/earlier/resnet56-macs50-e12-s0/widths.csv --multiple 8
 	$(BIN)/python benchmarks/tracing_time.py --out $(MEASURED)/tracing_time.json
 	$(BIN)/python benchmarks/input_pipeline.py $(if $(DATA),--data "$(DATA)") --out $(MEASURED)/input_pipeline.json
 	$(BIN)/python benchmarks/zoo_exactness.py --out $(MEASURED)/zoo_exactness.csv

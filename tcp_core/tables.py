@@ -93,6 +93,21 @@ def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
     return _in_order(table)
 
 
+def overview(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table `accuracy` at a glance: methods by budgets, "mean ± sd (n)", for each group with a comparator.
+
+    The dense network's accuracy stands in a column of its own.
+    """
+    compared = table.groupby(GROUP)["method"].transform(lambda methods: bool({*methods} - {"dense", "tailored"}))
+    table = table[compared & ~table["budget"].str.contains("params")]
+    spread = ["" if _absent(sd) else f" ± {number(sd, 2)}" for sd in table["sd"]]
+    said = [f"{number(mean, 2)}{sd} ({n})" for mean, sd, n in zip(table["accuracy"], spread, table["n"], strict=True)]
+    table = table.assign(said=said)
+    budgets = sorted(set(table["budget"]), key=_budget_order)
+    wide = table.pivot(index=[*GROUP, "method", "options"], columns="budget", values="said")[budgets]
+    return _in_order(wide.reset_index())
+
+
 def differences(table: pd.DataFrame) -> pd.DataFrame:
     """Return ours minus each other method (dense too) of the same `GROUP` and budget, from the table `accuracy`.
 
@@ -270,6 +285,11 @@ def number(value: float, digits: int, *, sign: str = "") -> str:
 
 
 PAGES = {
+    "overview": (
+        "Test accuracy at a glance",
+        "Percent, mean ± standard deviation over (n) seeds, by budget: the share of the dense network's macs.",
+        GROUP,
+    ),
     "accuracy": (
         "Test accuracy by network, budget and method",
         "Mean and standard deviation (sd) over n seeds; the test images were read once a run, at its end. Within a "
@@ -518,7 +538,7 @@ def _parts(text, sections):
 
 
 def _digits(name):
-    return 2 if name.endswith(("macs", "params")) else DIGITS.get(name)  # a column may be called by a budget
+    return 2 if name.endswith(("macs", "params", "dense")) else DIGITS.get(name)  # a column may be called by a budget
 
 
 def _formatted(table):

@@ -202,6 +202,15 @@ def test_committed_runs_are_complete():
     assert not faults, "\n".join(faults)
 
 
+def test_committed_runs_say_what_made_them():
+    for path in sorted((ROOT / "results" / "runs").rglob("metrics.json")):
+        metrics = read_json(path)
+        assert {"python", "torch", "torchvision", "numpy"} <= metrics["versions"].keys(), path
+        assert metrics["device"], path
+        assert re.fullmatch("[0-9a-f]{40}", metrics["git_commit"]), path
+        assert metrics["git_dirty"] is False, path
+
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUN = {"resnet56": "whole tailored run over dense run, ResNet-56", "resnet20": "the same, ResNet-20"}
 
@@ -213,7 +222,7 @@ def read_json(path):
 def runs_in_readme():
     """Yield the README's table rows that link to a run, with that run's metrics."""
     for line in README.splitlines():
-        if match := re.match(r"\| \[[^\]]+\]\((results/runs/[^)]+)\)", line):
+        if match := re.match(r"\| \[[^\]]+\]\((results/earlier/[^)]+)\)", line):
             yield line, read_json(ROOT / match[1] / "metrics.json")
 
 
