@@ -102,12 +102,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Declaration:
-    """A declaration that was found right: its runs by key, and what this machine lacks to execute them."""
+    """A declaration that was found right: its runs by key, what this machine lacks to execute them, and, by key, why
+    runs of a library that is not installed are skipped.
+    """
 
     path: Path
     notebook: Path
     runs: dict[str, Run]
     missing: list[str]
+    skipped: dict[str, str]
 
     @property
     def executed(self) -> Path:
@@ -116,7 +119,7 @@ class Declaration:
 
     def todo(self) -> dict[str, Run]:
         """Return the runs that are not done, and those done whose network is gone but needed by one that is not."""
-        found = {key for key, run in self.runs.items() if not run.is_done()}
+        found = {key for key, run in self.runs.items() if not run.is_done() and key not in self.skipped}
         waiting = list(found)
         while waiting:
             needed = self.runs[waiting.pop()].needs
@@ -161,6 +164,7 @@ class _Reader:
         self.images = Path(data).expanduser().absolute() if data else None
         self.weights = Path(weights).expanduser().absolute() if weights else None
         self.problems: dict[str, list[str]] = {}  # the keys that have each
+        self.skipped: dict[str, str] = {}
 
     def say(self, key: str, text: str) -> None:
         self.problems.setdefault(text, []).append(str(key))
@@ -190,7 +194,7 @@ class _Reader:
         for run in runs.values():
             self.check(run, runs)
         self.stop()
-        declaration = Declaration(self.path, self.notebook, runs, [])
+        declaration = Declaration(self.path, self.notebook, runs, [], self.skipped)
         todo = declaration.todo()
         declaration.missing.extend(self.missing(todo))
         for text in declaration.missing if places else ():
@@ -344,8 +348,10 @@ class _Reader:
         elif run.values.get("method") in baselines.METHODS:
             try:
                 baselines.pruner(run.values["method"], run.budget(), at=run.values.get("prune_at", 0.0))
-            except (ValueError, ImportError) as error:
+            except ValueError as error:
                 self.say(run.key, str(error))
+            except ImportError as error:  # an outside peer is optional
+                self.skipped[run.key] = str(error)
 
     def missing(self, todo: dict[str, Run]) -> list[str]:
         """Return what is not at hand for the runs to do; a place that was given and is wrong is a problem."""

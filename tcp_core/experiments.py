@@ -38,7 +38,8 @@ def execute(declaration: Declaration, key: str, *, cores: int = 1) -> None:
     notebook.parent.mkdir(parents=True, exist_ok=True)
     with _locked(run) as lock:
         if key not in declaration.todo():
-            print(f"done     {key} (by another process)", flush=True)
+            skipped = declaration.skipped.get(key)
+            print(f"skipped  {key}: {skipped}" if skipped else f"done     {key} (by another process)", flush=True)
             return
         print(f"start    {key}   log: {log}", flush=True)
         started = time.perf_counter()
@@ -102,7 +103,9 @@ def table(declaration: Declaration, *, cores: int = 1) -> str:
     rows.append(("all", *_counts(declaration, runs), _time_left(declaration, runs, cores)))
     width = max(len(row[0]) for row in rows)
     lines = [f"{row[0]:{width}}  " + "  ".join(f"{cell:>7}" for cell in row[1:5]) + f"  {row[5]}" for row in rows]
-    return "\n".join([*lines, *(f"not at hand: {text}" for text in declaration.missing)])
+    lines += [f"not at hand: {text}" for text in declaration.missing]
+    reasons = list(declaration.skipped.values())
+    return "\n".join([*lines, *(f"skipped: {reasons.count(why)} runs, {why}" for why in dict.fromkeys(reasons))])
 
 
 def _counts(declaration: Declaration, runs: Sequence[Run]) -> tuple[int, int, int, int]:
@@ -110,7 +113,8 @@ def _counts(declaration: Declaration, runs: Sequence[Run]) -> tuple[int, int, in
     todo = declaration.todo()
     left = [run for run in runs if run.key in todo]
     running = sum(run.is_running() for run in left)
-    return len(runs), len(runs) - len(left), running, len(left) - running
+    skipped = sum(run.key in declaration.skipped for run in runs)
+    return len(runs), len(runs) - len(left) - skipped, running, len(left) - running
 
 
 def _progress(declaration: Declaration, cores: int) -> str:
@@ -200,7 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.command == "list":
             todo = declaration.todo()
             for key, run in declaration.runs.items():
-                print(f"{'done' if key not in todo else 'running' if run.is_running() else 'left':8} {key}")
+                state = "left" if key in todo else "skipped" if key in declaration.skipped else "done"
+                print(f"{'running' if key in todo and run.is_running() else state:8} {key}")
         print(table(declaration, cores=given.cores))
     except (DeclarationError, RuntimeError) as error:
         sys.exit(str(error))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from tcp_core import experiments
+from tcp_core import baselines, experiments
 from tcp_core.declaration import DeclarationError, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -353,6 +353,20 @@ def test_status_and_list(project, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["start", "2", "1", "0", "1", "about", "60", "s"]
     assert lines[-1].split()[:5] == ["all", "6", "1", "0", "5"]
+
+
+def test_runs_of_a_peer_that_is_not_installed_are_skipped(project, capsys, monkeypatch):
+    path = project(declared("a: {grid: {method: [torch_pruning, taylor], macs: [0.5]}}"))
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    declaration = read(path)
+    assert list(declaration.todo()) == ["a/taylor-macs0.5"]
+    experiments.main(["list", str(path), "--cores", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "skipped  a/torch_pruning-macs0.5"
+    assert lines[-2].split()[:5] == ["all", "2", "0", "0", "1"]
+    assert lines[-1].startswith("skipped: 1 runs, torch_pruning is a library that is not installed")
+    experiments.execute(declaration, "a/torch_pruning-macs0.5")
+    assert "pip install torch-pruning" in capsys.readouterr().out
 
 
 def results_of(tmp_path):

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from nbclient import NotebookClient
+from papermill.parameterize import parameterize_notebook
 
 from tcp_core import study_plots, tables
 from tcp_core.published import main, trim
@@ -316,3 +319,40 @@ def test_trimming_again_writes_the_committed_file(tmp_path, capsys):
 )
 def test_numbers_are_rounded_as_by_hand(value, digits, text):
     assert tables.number(value, digits) == text
+
+
+def test_committed_tables_follow_from_committed_runs(tmp_path):
+    """Whoever adds runs, or changes a table, must run `make report` and commit what it makes."""
+    study = tables.study(ROOT / "results" / "runs", tables.run_defaults(RUN_NOTEBOOK))
+    accuracy = tables.accuracy(study)
+    differences = tables.differences(accuracy)
+    made = {
+        "overview": tables.overview(accuracy),
+        "accuracy": accuracy,
+        "differences": differences,
+        "summary": tables.summary(differences),
+        "delivered": tables.delivered(study),
+        "published": tables.beside_published(accuracy, pd.read_csv(PUBLISHED)),
+        "search": tables.search(study),
+    }
+    for name, table in made.items():
+        tables.write(table, name, tmp_path, missing=tables.missing(accuracy) if name == "accuracy" else ())
+    committed = {path.name: path.read_bytes() for path in (ROOT / "results" / "tables").iterdir()}
+    assert committed == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the kernel's and the client's own machinery
+def test_committed_figures_follow_from_committed_runs(tmp_path):
+    places = {"tables": str(tmp_path / "tables"), "figures": str(tmp_path / "figures")}
+    execute("90_report", {"runs": str(ROOT / "results" / "runs"), **places})
+    five = ROOT / "results" / "runs" / "cifar10-cpu" / "pretrained"
+    execute("40_controller", {"runs": str(five), "network": "resnet20", "figures": places["figures"]})
+    committed = {path.name: path.read_bytes() for path in (ROOT / "figures").iterdir()}
+    assert committed == {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+
+
+def execute(name, parameters):
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    notebook = parameterize_notebook(notebook, parameters)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": ROOT / "notebooks"}}).execute()
