@@ -130,6 +130,20 @@ def test_options_reach_the_tailor(images):
     assert 0.5 * 96 < result.frozen_at_step <= 0.6 * 96 + 2
 
 
+def test_the_learning_rate_starts_anew_where_it_is_told_to(images):
+    rates = run(images, budget=None, lr=0.1, warmup=0.0, restart=0.5).history["lr"].tolist()
+    assert rates[2] == 0.1  # of the next step, with which the second schedule starts
+    assert rates[0] > rates[1]
+    assert rates[2] > rates[3] > rates[4] > rates[5]
+    with pytest.raises(ValueError, match=r"restart=1\.0; it must be a share of the run in \[0, 1\)"):
+        run(images, budget=None, restart=1.0)
+
+
+def test_a_run_has_one_budget(images):
+    with pytest.raises(TypeError, match="budget or prune, not both"):
+        run(images, budget={"macs": 0.5}, prune=lambda *_: None)
+
+
 def test_without_validation_images_there_is_no_accuracy(images):
     result = fit(network(), images[0], budget=None, epochs=1)
     assert result.history[["val_loss", "val_accuracy"]].isna().all(axis=None)
