@@ -76,6 +76,21 @@ def test_mean_spread_and_differences_by_hand(monkeypatch):
     assert total.loc["dense at 50 % macs", "reached"] == "no"
 
 
+
+def test_the_overview_has_a_column_for_each_budget(monkeypatch):
+    rows = [run(seed=seed, test_accuracy=value) for seed, value in enumerate((0.90, 0.92))]
+    rows += [run(**DENSE), run(method="taylor", **{"budget.macs": 0.3}), run(**{"budget.params": 0.5})]
+    alone = [run(network="resnet56", **DENSE), run(network="resnet56")]  # nothing to compare with
+    table = tables.overview(tables.accuracy(study_of(monkeypatch, *rows, *alone)))
+    assert table["network"].unique() == ["resnet20"]
+    assert list(table)[-3:] == ["dense", "50 % macs", "30 % macs"]
+    cells = table.set_index("method")[["dense", "50 % macs", "30 % macs"]].fillna("").to_dict("index")
+    assert [*cells] == ["dense", "tailored", "taylor"]
+    assert list(cells["dense"].values()) == ["90.00 (1)", "", ""]
+    assert list(cells["tailored"].values()) == ["", "91.00 ± 1.41 (2)", ""]
+    assert list(cells["taylor"].values()) == ["", "", "90.00 (1)"]
+
+
 def test_means_are_those_of_pandas(study):
     table = tables.accuracy(study).set_index(tables.KEY)
     by_key = study[~study["searched"]].groupby(tables.KEY)["accuracy"]
