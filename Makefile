@@ -15,7 +15,7 @@ SNAKEMAKE ?= --cores $(CORES)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help study status report test test-slow lint lab benchmark clean FORCE
+.PHONY: help study status report test test-slow soak lint lab benchmark clean FORCE
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
@@ -47,13 +47,16 @@ report: $(INSTALLED) ## all tables and figures again from results/runs, into res
 papermill = $(BIN)/papermill --kernel python3 --language python --cwd notebooks --no-progress-bar notebooks/$(1).ipynb build/notebooks/$(1).ipynb
 
 # one thread, so that the notebooks' checked outputs do not depend on the machine's cores
-test test-slow: export OMP_NUM_THREADS ?= 1
+test test-slow soak: export OMP_NUM_THREADS ?= 1
 
 test: $(INSTALLED) ## the fast tests and the notebooks' checked cells
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env tests $(NOTEBOOKS)
 
 test-slow: $(INSTALLED) ## the tests that take longer (large networks, whole runs)
 	$(BIN)/python -m pytest -m slow tests
+
+soak: $(INSTALLED) ## kill a run at twenty random moments and see it end as if it had not been
+	$(BIN)/python -m pytest -m soak tests
 
 lint: $(INSTALLED) ## style of code and notebooks
 	$(BIN)/ruff check --output-format concise .

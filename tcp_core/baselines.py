@@ -199,6 +199,18 @@ class OneShot(nn.Module):
             )
         return self.model
 
+    def progress(self) -> dict:
+        """Return all that changes during a run but the model's tensors, as :meth:`tcp_core.Tailor.progress` does."""
+        names = ("step_count", "kept", "largest_gate_removed", "cost_before_fill", "trajectory")
+        return copy.deepcopy({name: getattr(self, name) for name in names})
+
+    def resume(self, progress: Mapping) -> None:
+        """Go on where :meth:`progress` was taken, as :meth:`tcp_core.Tailor.resume` does."""
+        if progress["kept"] is not None and not self.frozen:
+            self.model = remove(self.model, self.channels, progress["kept"], verify=False)
+        for name, value in copy.deepcopy(dict(progress)).items():
+            setattr(self, name, value)
+
     def report(self) -> Report:
         """Return what :meth:`tcp_core.Tailor.report` returns, and ``cost_before_fill``."""
         current = self.channels.cost(self.open_units)
@@ -291,6 +303,19 @@ class FixedStrength(OneShot):
     def forward(self, *args, **kwargs):
         """Run the gated network, later the smaller one."""
         return (self.model if self.frozen else self.gated)(*args, **kwargs)
+
+    def progress(self) -> dict:
+        """Return all that changes during a run but the model's tensors."""
+        names = ("gate", "importance", "mean_square", "pushed", "returned")
+        return super().progress() | {name: copy.deepcopy(getattr(self, name)) for name in names}
+
+    def resume(self, progress: Mapping) -> None:
+        """Go on where :meth:`progress` was taken."""
+        super().resume(progress)
+        if self.frozen:
+            self.gated = None
+        else:
+            self.gated.gate.data.copy_(self.gate)
 
     def _sparsify(self, optimizer: torch.optim.Optimizer) -> None:
         if (gradient := self.gated.gate.grad) is None:

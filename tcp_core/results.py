@@ -19,6 +19,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from . import checkpoints
+
 HISTORY = (
     *("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),
     *("seconds", "macs", "params", "open_units", "strength"),
@@ -28,6 +30,7 @@ TRAJECTORY = (
     *("strength", "losing", "closed", "returned"),
 )
 WIDTHS = ("layer", "dense", "tailored")
+CHECKPOINTS = "checkpoints"
 METRICS = (
     *("network", "dataset", "method", "seed", "test_accuracy", "val_accuracy"),
     *("dense_macs", "dense_params", "macs", "params", "budget", "utilisation"),
@@ -40,7 +43,8 @@ def start_run(out: str | Path, params: Mapping, *, overwrite: bool = False) -> P
     """Return the folder `out` of a new run, made if need be, with `params` in its `params.json`.
 
     A folder whose run is done is refused (`FileExistsError`) unless `overwrite`, which makes it
-    count as not done from here on. What an interrupted run left behind is always replaced.
+    count as not done from here on. What an interrupted run left behind is replaced; its checkpoints
+    (`out`/checkpoints) stay if it had the same `params`, so that it goes on from there.
     """
     out = Path(out)
     if is_done(out) and not overwrite:
@@ -49,6 +53,9 @@ def start_run(out: str | Path, params: Mapping, *, overwrite: bool = False) -> P
             "one, or pass overwrite=True."
         )
     out.mkdir(parents=True, exist_ok=True)
+    before = out / "params.json"
+    if not before.exists() or _read_json(before) != json.loads(json.dumps(_plain(params, "params"))):
+        checkpoints.remove(out / CHECKPOINTS)
     for name in ("metrics.json", "history.csv", "trajectory.csv", "widths.csv"):
         (out / name).unlink(missing_ok=True)
     _write_json(out / "params.json", params)
@@ -69,7 +76,7 @@ def finish_run(
     TRAJECTORY and WIDTHS of this module; the last two are None or empty for a run without a budget.
     `metrics` needs the keys METRICS (None where a key says nothing about this run, such as the
     budget of a dense network) and may have more. NaN and infinity become null.
-    Raises `FileNotFoundError` if `start_run` was not called for `out`, and `ValueError` naming
+    Checkpoints are deleted. Raises `FileNotFoundError` if `start_run` was not called for `out`, and `ValueError` naming
     the columns or keys that are missing; in both cases nothing is written.
     """
     out = Path(out)
@@ -91,6 +98,7 @@ def finish_run(
         # ten digits: exact for every cost below 10^10, and the same text on every machine
         frame.to_csv(out / f"{name}.csv", index=False, float_format="%.10g", lineterminator="\n")
     _write_json(out / "metrics.json", metrics)
+    checkpoints.remove(out / CHECKPOINTS)
 
 
 def is_done(out: str | Path) -> bool:

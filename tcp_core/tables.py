@@ -40,7 +40,7 @@ NAMED = ("network", "data", "size", "epochs", "method", "macs", "params")
 RECIPE = ("batch_size", "lr", "weight_decay", "augment", "precision", "val_images", "weights")
 OF_COMPARATORS = ("prune_at", "restart")
 OF_CONTROLLER = ("phase_start", "phase_end")
-SAYS_NOTHING = ("seed", "threads", "out", "read_test")
+SAYS_NOTHING = ("seed", "threads", "out", "read_test", "checkpoint_every")
 
 GROUP = ["data", "network", "setting", "epochs", "recipe"]
 KEY = [*GROUP, "budget", "method", "options"]

@@ -137,6 +137,25 @@ class Tailor(Gated):
         self.sites = ()
         self.shrunk = True
 
+    def progress(self) -> dict[str, Any]:
+        """Return all that changes during a run but the model's own tensors: tensors and plain values."""
+        return {
+            "controller": self.controller.state_dict(),
+            "shrunk": self.shrunk,
+            "largest_gate_removed": self.largest_gate_removed,
+        }
+
+    def resume(self, progress: Mapping[str, Any]) -> None:
+        """Go on where :meth:`progress` was taken. If the network had been made smaller it is so again: build the
+        optimiser from ``self.model`` after this, then load its state and the model's.
+        """
+        self.controller.load_state_dict(progress["controller"])
+        self.gate.data.copy_(self.controller.gate)
+        self.gate.requires_grad_(not self.frozen)
+        if progress["shrunk"] and not self.shrunk:
+            self._shrink(None)
+        self.largest_gate_removed = progress["largest_gate_removed"]
+
     def report(self) -> Report:
         """Return requested, current, floor and dense cost, utilisation, strength and widths, as a dict that prints."""
         controller = self.controller

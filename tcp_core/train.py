@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .channels import Channels
+from .checkpoints import CheckpointError, newest, prepare, write
 from .cost import Budget
 from .images import Images
 from .removal import keeping_modes
@@ -67,6 +69,8 @@ def fit(
     seed: int = 0,
     device: torch.device | str | None = None,
     on_epoch: Callable[[dict], Any] | None = None,
+    checkpoints: str | Path | None = None,
+    checkpoint_every: int = 0,
     **tailoring: Any,
 ) -> FitResult:
     """Train ``model`` in one run that ends in a network of exactly the budget.
@@ -89,11 +93,15 @@ def fit(
         seed: order and augmentation of the training images.
         device: where to train; where the model is, if None.
         on_epoch: called with each row of the history.
+        checkpoints: a folder for checkpoints. If it has one, the run goes on from there, to the same end as a run that
+            was never stopped; with checkpoints of another run it is refused.
+        checkpoint_every: steps between two checkpoints; 0: one an epoch.
         tailoring: options of :class:`Tailor` (``ignore``, ``min_width``, ``phase``, ...).
 
     Raises:
         BudgetError, ValueError: before any training, see :class:`Tailor`.
         FloatingPointError: if the loss is not finite; weights and running statistics are as before that step.
+        CheckpointError: if a checkpoint cannot be written, or the folder has those of another run.
     """
     _check_precision(precision)
     if not 0 <= restart < 1:
@@ -111,6 +119,13 @@ def fit(
     example = next(iter(batches(0)))[0][:2]
     channels = trace(model, example, ignore=tailoring.get("ignore", ()))
     pruned = _pruned(model, example, channels, steps, budget, prune, tailoring)
+    recipe = {"epochs": epochs, "steps": steps, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    recipe |= {"warmup": warmup, "restart": restart, "label_smoothing": label_smoothing, "augment": augment}
+    recipe |= {"precision": precision, "seed": seed, "bounds": {} if pruned is None else pruned.report()["bounds"]}
+    recipe["shapes"] = {name: list(shape) for name, shape in channels.shapes.items()}
+    saved = _saved(checkpoints, recipe)
+    if saved and pruned is not None:
+        pruned.resume(saved["pruned"])
     network = model if pruned is None else pruned
     groups = _parameter_groups(model if pruned is None else pruned.model, weight_decay)
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
@@ -121,49 +136,100 @@ def fit(
         return warmup_cosine(step - first, length, warmup)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    history: list[dict] = []
-    frozen_at = None
-    for epoch in range(epochs):
+    progress = _Progress()
+    if saved:
+        (model if pruned is None else pruned.model).load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        progress = _Progress(**saved["progress"])
+    length = len(batches(0))
+    for epoch in range(len(progress.history), epochs):
         started = time.perf_counter()
-        trained = {"loss": torch.zeros((), device=device), "right": torch.zeros((), device=device), "seen": 0}
+        taken = progress.step - epoch * length  # steps of this epoch that were taken before the run was stopped
+        if not taken:
+            progress.begin_epoch(device)
+        elif taken < length:  # the same batches are drawn again
+            _set_random_state(progress.random)
         network.train()
-        for position, (x, y) in enumerate(batches(epoch)):
-            step = epoch * len(batches(0)) + position + 1
-            _train_step(network, optimizer, x, y, precision, label_smoothing, trained, step)
+        for position, (x, y) in enumerate(batches(epoch) if taken < length else ()):
+            if position < taken:
+                continue
+            if position == taken > 0:
+                _set_random_state(saved["random"])
+            progress.step += 1
+            _train_step(network, optimizer, x, y, precision, label_smoothing, progress)
             schedule.step()
             if pruned is not None:
                 pruned.step(optimizer)
-                if pruned.frozen and frozen_at is None:
-                    frozen_at = step
-        seconds = time.perf_counter() - started
+                if pruned.frozen and progress.frozen_at is None:
+                    progress.frozen_at = progress.step
+            if checkpoints is not None and progress.step % (checkpoint_every or length) == 0:
+                progress.seconds += time.perf_counter() - started
+                state = {"recipe": recipe, "progress": vars(progress), "random": _random_state(device)}
+                state |= {"model": (model if pruned is None else pruned.model).state_dict()}
+                state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+                write(checkpoints, progress.step, state | {"pruned": None if pruned is None else pruned.progress()})
+                started = time.perf_counter()
+        if taken == length:
+            _set_random_state(saved["random"])
+        progress.seconds += time.perf_counter() - started
         measured = evaluate(network, val, precision=precision, device=device) if val is not None else {}
         open_units = torch.ones(channels.units, dtype=torch.bool) if pruned is None else pruned.open_units
         row = {
             "epoch": epoch + 1,
             "lr": schedule.get_last_lr()[0],
-            "train_loss": float(trained["loss"]) / trained["seen"],
-            "train_accuracy": float(trained["right"]) / trained["seen"],
+            "train_loss": float(progress.loss) / progress.seen,
+            "train_accuracy": float(progress.right) / progress.seen,
             "val_loss": measured.get("loss", math.nan),
             "val_accuracy": measured.get("accuracy", math.nan),
-            "seconds": seconds,
+            "seconds": progress.seconds,
             **channels.cost(open_units),
             "open_units": int(open_units.sum()),
             "strength": 0.0 if pruned is None else pruned.strength,
         }
-        history.append(row)
+        progress.history.append(row)
         if on_epoch is not None:
             on_epoch(row)
+    history = pd.DataFrame(progress.history)
     widths = pd.DataFrame({"layer": channels.widths().keys(), "dense": channels.widths().values()})
     if pruned is None:
         widths["tailored"] = widths["dense"]
-        return FitResult(model, pd.DataFrame(history), pd.DataFrame(), widths)
+        return FitResult(model, history, pd.DataFrame(), widths)
     small = pruned.finish(optimizer)
     report = pruned.report()
     widths["tailored"] = widths["layer"].map(report["widths"])
     trajectory = pd.DataFrame(pruned.trajectory)
     if len(trajectory):
         trajectory.insert(1, "epoch", trajectory["step"] / (steps / epochs))
-    return FitResult(small, pd.DataFrame(history), trajectory, widths, report, frozen_at)
+    return FitResult(small, history, trajectory, widths, report, progress.frozen_at)
+
+
+@dataclass
+class _Progress:
+    """Where a run stands: steps taken, rows of the history, and the sums and the random state of the epoch it is in."""
+
+    step: int = 0
+    history: list[dict] = field(default_factory=list)
+    frozen_at: int | None = None
+    loss: Tensor | None = None
+    right: Tensor | None = None
+    seen: int = 0
+    seconds: float = 0.0
+    random: list[Tensor] | None = None
+
+    def begin_epoch(self, device: torch.device) -> None:
+        self.loss, self.right = torch.zeros(2, device=device)
+        self.seen, self.seconds, self.random = 0, 0.0, _random_state(device)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    for value in state[1:]:
+        torch.cuda.set_rng_state(value)
 
 
 def _pruned(model, example, channels: Channels, steps: int, budget, prune, tailoring: dict) -> nn.Module | None:
@@ -177,6 +243,22 @@ def _pruned(model, example, channels: Channels, steps: int, budget, prune, tailo
     return None if prune is None else prune(model, channels, steps)
 
 
+def _saved(checkpoints: str | Path | None, recipe: dict) -> dict | None:
+    """Return the newest checkpoint, which must be of this run."""
+    if checkpoints is None:
+        return None
+    prepare(checkpoints)
+    saved = newest(checkpoints)
+    if saved is not None and saved["recipe"] != recipe:
+        name = next(name for name in recipe if saved["recipe"].get(name) != recipe[name])
+        there, here = ("" if name == "shapes" else f" ({value[name]})" for value in (saved["recipe"], recipe))
+        raise CheckpointError(
+            f"{checkpoints} has checkpoints of another run: its {name}{there} differ from this one's{here}. Delete "
+            f"them to start anew, or choose another folder."
+        )
+    return saved
+
+
 def _train_step(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -184,10 +266,9 @@ def _train_step(
     y: Tensor,
     precision: str,
     label_smoothing: float,
-    trained: dict,
-    step: int,
+    progress: _Progress,
 ) -> None:
-    """Take one step and add loss and hits to ``trained``; a loss that is not finite raises, and nothing has changed."""
+    """Take one step, add loss and hits to ``progress``; a loss that is not finite raises, and nothing has changed."""
     statistics = [(buffer, buffer.clone()) for buffer in network.buffers()]
     with autocast(x.device, PRECISIONS[precision]):
         logits = network(channels_last(x))
@@ -197,15 +278,15 @@ def _train_step(
         for buffer, value in statistics:  # the forward pass has put what is not finite into them
             buffer.copy_(value)
         raise FloatingPointError(
-            f"the loss is {loss.item()} at step {step}; this step was not taken. Lower lr (now "
+            f"the loss is {loss.item()} at step {progress.step}; this step was not taken. Lower lr (now "
             f"{optimizer.param_groups[0]['lr']:.3g}), lengthen warmup, or look for images whose values are not finite."
         )
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    trained["loss"] += loss.detach() * len(y)
-    trained["right"] += (logits.detach().argmax(1) == y).sum()
-    trained["seen"] += len(y)
+    progress.loss = progress.loss + loss.detach() * len(y)
+    progress.right = progress.right + (logits.detach().argmax(1) == y).sum()
+    progress.seen += len(y)
 
 
 @torch.no_grad()

@@ -311,7 +311,6 @@ def test_cifar10_comes_in_torchvisions_format(monkeypatch, tmp_path):
         assert np.array_equal(images.pixels.permute(0, 2, 3, 1).numpy(), expected)
         assert images.labels.tolist() == [3, 1, 4, 1, 5, 9]
 
-
     (tmp_path / "cifar-10-batches-py").mkdir()
     assert data.load(str(tmp_path)).test.pixels.equal(test.pixels)  # the folder says what it is
 

@@ -76,7 +76,6 @@ def test_mean_spread_and_differences_by_hand(monkeypatch):
     assert total.loc["dense at 50 % macs", "reached"] == "no"
 
 
-
 def test_the_overview_has_a_column_for_each_budget(monkeypatch):
     rows = [run(seed=seed, test_accuracy=value) for seed, value in enumerate((0.90, 0.92))]
     rows += [run(**DENSE), run(method="taylor", **{"budget.macs": 0.3}), run(**{"budget.params": 0.5})]

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tcp_core import results
+from tcp_core import checkpoints, results
 
 
 @pytest.fixture
@@ -153,3 +153,20 @@ def test_environment_without_git(monkeypatch):
     environment = results.environment("cpu")
     assert environment["git_commit"] is None
     assert environment["git_dirty"] is None
+
+
+def test_checkpoints_stay_for_the_same_run_alone(tmp_path, history, metrics):
+    def left():
+        return checkpoints.newest(tmp_path / "run" / results.CHECKPOINTS)
+
+    out = results.start_run(tmp_path / "run", {"seed": 0})
+    checkpoints.prepare(out / results.CHECKPOINTS)
+    checkpoints.write(out / results.CHECKPOINTS, 1, {"step": 1})
+    results.start_run(out, {"seed": 0})
+    assert left() == {"step": 1}
+    results.start_run(out, {"seed": 1})
+    assert left() is None
+    checkpoints.prepare(out / results.CHECKPOINTS)
+    checkpoints.write(out / results.CHECKPOINTS, 1, {"step": 1})
+    results.finish_run(out, history=history, metrics=metrics)
+    assert left() is None

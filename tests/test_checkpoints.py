@@ -1,0 +1,205 @@
+"""Runs that are stopped go on to the same end; a checkpoint is whole or not there."""
+
+import errno
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tcp_core import baselines, checkpoints, data, fit, nets
+from tcp_core.checkpoints import CheckpointError
+
+EPOCHS, BATCH = 6, 20  # 96 steps of 320 images; ours is made smaller after about 14
+
+
+class Stop(Exception):
+    """Stands for whatever ends a run too early."""
+
+
+class Batches:
+    """Batches in an order drawn anew each epoch, as a DataLoader does; raises at one step if told to."""
+
+    def __init__(self, images, stop=None):
+        self.images, self.stop, self.drawn = images, stop, 0
+
+    def __len__(self):
+        return len(self.images) // BATCH
+
+    def __iter__(self):
+        for index in torch.randperm(len(self.images)).split(BATCH):
+            if self.drawn == self.stop:
+                raise Stop
+            self.drawn += 1
+            yield self.images.pixels[index].float() / 255, self.images.labels[index]
+
+
+@pytest.fixture(scope="module")
+def images():
+    train, val, _ = data.digits()
+    return train.split(len(train) - 320)[0], val
+
+
+def network():
+    torch.manual_seed(0)
+    model = nets.small_resnet(widths=(4, 8, 12), blocks=1, num_classes=10, in_channels=1)
+    model.linear = torch.nn.Sequential(torch.nn.Dropout(0.2), model.linear)  # draws at every step
+    return model
+
+
+def run(images, folder=None, *, method="tailored", stop=None, every=7, **options):
+    train, val = images
+    budget = {"macs": 0.5}
+    if method == "tailored":
+        options["budget"] = budget
+    elif method != "dense":
+        options["prune"] = baselines.pruner(method, budget, train=train, at=0.3, batches=3, batch_size=BATCH)
+    torch.manual_seed(1)
+    options |= {"checkpoints": folder, "checkpoint_every": every}
+    return fit(network(), Batches(train, stop), val, epochs=EPOCHS, **options)
+
+
+def same(first, second):
+    torch.testing.assert_close(first.model.state_dict(), second.model.state_dict(), rtol=0, atol=0)
+    for name in ("history", "trajectory", "widths"):
+        pair = [getattr(result, name).drop(columns="seconds", errors="ignore") for result in (first, second)]
+        pd.testing.assert_frame_equal(*pair)
+    assert str(first.report) == str(second.report)
+    assert first.frozen_at_step == second.frozen_at_step
+
+
+@pytest.mark.parametrize("method", ["tailored", "dense", "taylor", "slimming", "fixed_strength"])
+def test_a_stopped_run_ends_as_one_that_was_not(images, tmp_path, method):
+    whole = run(images, method=method)
+    for stop in (10, 15, 40):  # before, while and after the network is made smaller; each goes on from the last
+        with pytest.raises(Stop):
+            run(images, tmp_path, method=method, stop=stop)
+    same(whole, run(images, tmp_path, method=method))
+    assert len(list(tmp_path.iterdir())) == checkpoints.KEPT
+
+
+@pytest.mark.parametrize("every", [1, 16, 0])
+def test_any_interval_will_do(images, tmp_path, every):
+    whole = run(images)
+    for stop in (1, 17, 33):
+        with pytest.raises(Stop):
+            run(images, tmp_path, stop=stop, every=every)
+    same(whole, run(images, tmp_path, every=every))
+    same(whole, run(images, tmp_path, every=every))  # a finished run is done at once
+
+
+def test_images_in_memory_go_on_too(images, tmp_path):
+    def rows(row):
+        if row["epoch"] == 3 and tmp_path.name not in finished:
+            raise Stop
+
+    finished: list[str] = []
+    options = {"budget": {"macs": 0.5}, "epochs": EPOCHS, "batch_size": BATCH, "augment": "crop"}
+    whole = fit(network(), *images, **options)
+    with pytest.raises(Stop):
+        fit(network(), *images, **options, checkpoints=tmp_path, checkpoint_every=5, on_epoch=rows)
+    finished.append(tmp_path.name)
+    same(whole, fit(network(), *images, **options, checkpoints=tmp_path, checkpoint_every=5, on_epoch=rows))
+
+
+def test_a_damaged_checkpoint_is_passed_over(images, tmp_path):
+    with pytest.raises(Stop):
+        run(images, tmp_path, stop=40)
+    first, second = sorted(tmp_path.iterdir())
+    second.write_bytes(second.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=f"{second.name} is damaged .* the checkpoint before it is taken"):
+        resumed = run(images, tmp_path)
+    same(run(images), resumed)
+    first.write_bytes(b"")
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(images, tmp_path, monkeypatch):
+    with pytest.raises(Stop):
+        run(images, tmp_path, stop=20)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.torch, "save", full)
+        with pytest.raises(CheckpointError, match=r"step 21 could not be written .*No space left.*000000014.ckpt"):
+            run(images, tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    same(run(images), run(images, tmp_path))
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(images, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"no checkpoints can be written to .*file.* another folder"):
+        run(images, tmp_path / "file")
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.2}, {"method": "dense"}])
+def test_checkpoints_of_another_run_are_refused(images, tmp_path, options):
+    with pytest.raises(Stop):
+        run(images, tmp_path, stop=20)
+    with pytest.raises(CheckpointError, match=r"checkpoints of another run: its (lr \(0.1\)|bounds).* Delete them"):
+        run(images, tmp_path, **options)
+
+
+def test_removing_checkpoints_leaves_other_files(tmp_path):
+    checkpoints.prepare(tmp_path / "c")
+    checkpoints.write(tmp_path / "c", 1, {"x": torch.ones(2)})
+    (tmp_path / "c" / "other").write_text("")
+    checkpoints.remove(tmp_path / "c")
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["other"]
+    assert checkpoints.newest(tmp_path / "c") is checkpoints.newest(tmp_path / "absent") is None
+    checkpoints.remove(tmp_path / "absent")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed
+
+SCRIPT = """
+import sys, torch
+from tcp_core import data, fit, nets
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nets.small_resnet(widths=(8, 16, 32), blocks=1, num_classes=10, in_channels=1)
+train, val, _ = data.digits()
+print("ready", flush=True)
+options = {"budget": {"macs": 0.4}, "epochs": 12, "batch_size": 64}
+result = fit(model, train, val, **options, checkpoints=sys.argv[1], checkpoint_every=1)
+torch.save([result.model.state_dict(), result.history["val_loss"].tolist()], sys.argv[2])
+"""
+
+
+def run_and_kill(folder, out, seconds=None):
+    """Run SCRIPT to its end, or until it has trained for some seconds; say whether it was killed."""
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        if seconds is not None:
+            time.sleep(seconds)
+            process.send_signal(signal.SIGKILL)
+    return process.returncode == -signal.SIGKILL
+
+
+def check_killed(tmp_path, waits):
+    """A checkpoint is written at every step, so most of a run's time, and of the kills, falls into writing one."""
+    run_and_kill(tmp_path / "whole", tmp_path / "whole.pt")
+    kills = sum(run_and_kill(tmp_path / "c", tmp_path / "out.pt", seconds) for seconds in waits)
+    assert kills == len(waits)
+    run_and_kill(tmp_path / "c", tmp_path / "out.pt")
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), torch.load(tmp_path / "whole.pt"), rtol=0, atol=0)
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    check_killed(tmp_path, [0.6, 0.4])
+
+
+@pytest.mark.soak
+def test_a_run_killed_twenty_times_goes_on(tmp_path):
+    random = np.random.default_rng()
+    check_killed(tmp_path, random.uniform(0.05, 0.4, size=20).tolist())
