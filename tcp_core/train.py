@@ -80,7 +80,8 @@ def fit(
 
     Args:
         model: the dense network, trained or not; it is trained in place until it is made smaller.
-        train: :class:`tcp_core.images.Images`, or any iterable of ``(x, y)`` batches with a length.
+        train: :class:`tcp_core.images.Images`, :class:`tcp_core.streams.Stream`, or any iterable of ``(x, y)`` batches
+            with a length; it, or its sampler, is told the epoch if it has ``set_epoch``.
         val: the same, for the accuracy after each epoch; never the test images. None leaves it out.
         budget: a :class:`Budget` or dict; with neither it nor ``prune`` the dense network is trained.
         prune: another way to make the network smaller, called as ``prune(model, channels, steps)``; it returns what
@@ -380,4 +381,11 @@ def batches_by_epoch(images: Images | Iterable, batch_size: int, augment: str, s
             return ((x.to(device), y.to(device)) for x, y in images)
 
     moved = Moved()
-    return lambda epoch: moved
+    told = images if hasattr(images, "set_epoch") else getattr(images, "sampler", None)
+
+    def of_epoch(epoch: int) -> Moved:
+        if hasattr(told, "set_epoch"):
+            told.set_epoch(epoch)
+        return moved
+
+    return of_epoch
