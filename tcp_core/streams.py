@@ -19,7 +19,7 @@ from .data import IMAGENET_STATISTICS
 
 
 class Stream:
-    """Batches ``(x, y)`` of the images in ``root``/<class>/*; hand it to :func:`tcp_core.fit` as training or validation.
+    """Batches ``(x, y)`` of the images in ``root``/<class>/*, for :func:`tcp_core.fit` to train on or to validate with.
 
     x: float32 ``[batch, 3, size, size]``, normalised; y: int64 ``[batch]``. Order and augmentation depend on ``seed``
     and the epoch alone, whatever the number of workers, so a stopped run goes on with the same batches.
