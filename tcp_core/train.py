@@ -127,7 +127,6 @@ def fit(
     saved = _saved(checkpoints, recipe)
     if saved and pruned is not None:
         pruned.resume(saved["pruned"])
-    network = model if pruned is None else pruned
     groups = _parameter_groups(model if pruned is None else pruned.model, weight_decay)
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
     again = round(restart * steps)
@@ -137,78 +136,53 @@ def fit(
         return warmup_cosine(step - first, length, warmup)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    progress = _Progress()
+    run = _Run(model, pruned, channels, optimizer, schedule, recipe)
     if saved:
-        (model if pruned is None else pruned.model).load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        progress = _Progress(**saved["progress"])
+        run.restore(saved)
     length = len(batches(0))
-    for epoch in range(len(progress.history), epochs):
+    for epoch in range(len(run.history), epochs):
         started = time.perf_counter()
-        taken = progress.step - epoch * length  # steps of this epoch that were taken before the run was stopped
+        taken = run.step - epoch * length  # steps of this epoch that were taken before the run was stopped
         if not taken:
-            progress.begin_epoch(device)
+            run.begin_epoch(device)
         elif taken < length:  # the same batches are drawn again
-            _set_random_state(progress.random)
-        network.train()
+            _set_random_state(run.epoch_random)
+        run.network.train()
         for position, (x, y) in enumerate(batches(epoch) if taken < length else ()):
             if position < taken:
                 continue
             if position == taken > 0:
                 _set_random_state(saved["random"])
-            progress.step += 1
-            _train_step(network, optimizer, x, y, precision, label_smoothing, progress)
-            schedule.step()
-            if pruned is not None:
-                pruned.step(optimizer)
-                if pruned.frozen and progress.frozen_at is None:
-                    progress.frozen_at = progress.step
-            if checkpoints is not None and progress.step % (checkpoint_every or length) == 0:
-                progress.seconds += time.perf_counter() - started
-                state = {"recipe": recipe, "progress": vars(progress), "random": _random_state(device)}
-                state |= {"model": (model if pruned is None else pruned.model).state_dict()}
-                state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-                write(checkpoints, progress.step, state | {"pruned": None if pruned is None else pruned.progress()})
+            run.train(x, y, precision, label_smoothing)
+            if checkpoints is not None and run.step % (checkpoint_every or length) == 0:
+                run.seconds += time.perf_counter() - started
+                write(checkpoints, run.step, run.state() | {"random": _random_state(device)})
                 started = time.perf_counter()
         if taken == length:
             _set_random_state(saved["random"])
-        progress.seconds += time.perf_counter() - started
-        measured = evaluate(network, val, precision=precision, device=device) if val is not None else {}
-        open_units = torch.ones(channels.units, dtype=torch.bool) if pruned is None else pruned.open_units
-        row = {
-            "epoch": epoch + 1,
-            "lr": schedule.get_last_lr()[0],
-            "train_loss": float(progress.loss) / progress.seen,
-            "train_accuracy": float(progress.right) / progress.seen,
-            "val_loss": measured.get("loss", math.nan),
-            "val_accuracy": measured.get("accuracy", math.nan),
-            "seconds": progress.seconds,
-            **channels.cost(open_units),
-            "open_units": int(open_units.sum()),
-            "strength": 0.0 if pruned is None else pruned.strength,
-        }
-        progress.history.append(row)
+        run.seconds += time.perf_counter() - started
+        measured = evaluate(run.network, val, precision=precision, device=device) if val is not None else {}
+        row = run.end_epoch(measured)
         if on_epoch is not None:
             on_epoch(row)
-    history = pd.DataFrame(progress.history)
-    widths = pd.DataFrame({"layer": channels.widths().keys(), "dense": channels.widths().values()})
-    if pruned is None:
-        widths["tailored"] = widths["dense"]
-        return FitResult(model, history, pd.DataFrame(), widths)
-    small = pruned.finish(optimizer)
-    report = pruned.report()
-    widths["tailored"] = widths["layer"].map(report["widths"])
-    trajectory = pd.DataFrame(pruned.trajectory)
-    if len(trajectory):
-        trajectory.insert(1, "epoch", trajectory["step"] / (steps / epochs))
-    return FitResult(small, history, trajectory, widths, report, progress.frozen_at)
+    return run.result(steps / epochs)
 
 
 @dataclass
-class _Progress:
-    """Where a run stands: steps taken, rows of the history, and the sums and the random state of the epoch it is in."""
+class _Run:
+    """A run that can be stopped: what is trained and by what, and how far it is.
 
+    ``pruned`` is what is called in the place of ``model``, None for the dense network. Of the fields after ``recipe``,
+    ``loss``, ``right``, ``seen`` and ``seconds`` are sums over the epoch it is in, ``epoch_random`` the state of the random
+    numbers at its start.
+    """
+
+    model: nn.Module
+    pruned: nn.Module | None
+    channels: Channels
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    recipe: dict[str, Any]
     step: int = 0
     history: list[dict] = field(default_factory=list)
     frozen_at: int | None = None
@@ -216,11 +190,103 @@ class _Progress:
     right: Tensor | None = None
     seen: int = 0
     seconds: float = 0.0
-    random: list[Tensor] | None = None
+    epoch_random: list[Tensor] | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        return self.model if self.pruned is None else self.pruned
+
+    @property
+    def trained(self) -> nn.Module:
+        """The module whose parameters the optimiser holds; it is made smaller in mid-run."""
+        return self.model if self.pruned is None else self.pruned.model
 
     def begin_epoch(self, device: torch.device) -> None:
         self.loss, self.right = torch.zeros(2, device=device)
-        self.seen, self.seconds, self.random = 0, 0.0, _random_state(device)
+        self.seen, self.seconds, self.epoch_random = 0, 0.0, _random_state(device)
+
+    def train(self, x: Tensor, y: Tensor, precision: str, label_smoothing: float) -> None:
+        """Take one step; a loss that is not finite raises, and nothing has changed."""
+        statistics = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
+        with autocast(x.device, PRECISIONS[precision]):
+            logits = self.network(channels_last(x))
+        logits = logits.float()
+        loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+        if not loss.isfinite():
+            for buffer, value in statistics:  # the forward pass has put what is not finite into them
+                buffer.copy_(value)
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.step + 1}; this step was not taken. Lower lr (now "
+                f"{self.optimizer.param_groups[0]['lr']:.3g}), lengthen warmup, or look for images whose values are not "
+                f"finite."
+            )
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        self.loss = self.loss + loss.detach() * len(y)
+        self.right = self.right + (logits.detach().argmax(1) == y).sum()
+        self.seen += len(y)
+        if self.pruned is not None:
+            self.pruned.step(self.optimizer)
+            if self.pruned.frozen and self.frozen_at is None:
+                self.frozen_at = self.step
+
+    def end_epoch(self, measured: Mapping[str, float]) -> dict:
+        """Add the epoch's row to the history, and return it."""
+        open_units = (
+            torch.ones(self.channels.units, dtype=torch.bool) if self.pruned is None else self.pruned.open_units
+        )
+        row = {
+            "epoch": len(self.history) + 1,
+            "lr": self.schedule.get_last_lr()[0],
+            "train_loss": float(self.loss) / self.seen,
+            "train_accuracy": float(self.right) / self.seen,
+            "val_loss": measured.get("loss", math.nan),
+            "val_accuracy": measured.get("accuracy", math.nan),
+            "seconds": self.seconds,
+            **self.channels.cost(open_units),
+            "open_units": int(open_units.sum()),
+            "strength": 0.0 if self.pruned is None else self.pruned.strength,
+        }
+        self.history.append(row)
+        return row
+
+    def state(self) -> dict:
+        """Return all that a run needs to go on from here, but for the random numbers."""
+        return {
+            **{name: getattr(self, name) for name in _STATE},
+            "model": self.trained.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "pruned": None if self.pruned is None else self.pruned.progress(),
+        }
+
+    def restore(self, state: Mapping) -> None:
+        """Go on where :meth:`state` was taken; ``pruned`` has been resumed before the optimiser was made."""
+        self.trained.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        for name in _STATE:
+            setattr(self, name, state[name])
+
+    def result(self, steps_per_epoch: float) -> FitResult:
+        widths = pd.DataFrame({"layer": self.channels.widths().keys(), "dense": self.channels.widths().values()})
+        history = pd.DataFrame(self.history)
+        if self.pruned is None:
+            widths["tailored"] = widths["dense"]
+            return FitResult(self.model, history, pd.DataFrame(), widths)
+        small = self.pruned.finish(self.optimizer)
+        report = self.pruned.report()
+        widths["tailored"] = widths["layer"].map(report["widths"])
+        trajectory = pd.DataFrame(self.pruned.trajectory)
+        if len(trajectory):
+            trajectory.insert(1, "epoch", trajectory["step"] / steps_per_epoch)
+        return FitResult(small, history, trajectory, widths, report, self.frozen_at)
+
+
+_STATE = ("recipe", "step", "history", "frozen_at", "loss", "right", "seen", "seconds", "epoch_random")
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
@@ -258,36 +324,6 @@ def _saved(checkpoints: str | Path | None, recipe: dict) -> dict | None:
             f"them to start anew, or choose another folder."
         )
     return saved
-
-
-def _train_step(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    y: Tensor,
-    precision: str,
-    label_smoothing: float,
-    progress: _Progress,
-) -> None:
-    """Take one step, add loss and hits to ``progress``; a loss that is not finite raises, and nothing has changed."""
-    statistics = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    with autocast(x.device, PRECISIONS[precision]):
-        logits = network(channels_last(x))
-    logits = logits.float()
-    loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
-    if not loss.isfinite():
-        for buffer, value in statistics:  # the forward pass has put what is not finite into them
-            buffer.copy_(value)
-        raise FloatingPointError(
-            f"the loss is {loss.item()} at step {progress.step}; this step was not taken. Lower lr (now "
-            f"{optimizer.param_groups[0]['lr']:.3g}), lengthen warmup, or look for images whose values are not finite."
-        )
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    progress.loss = progress.loss + loss.detach() * len(y)
-    progress.right = progress.right + (logits.detach().argmax(1) == y).sum()
-    progress.seen += len(y)
 
 
 @torch.no_grad()
