@@ -172,9 +172,8 @@ def fit(
 class _Run:
     """A run that can be stopped: what is trained and by what, and how far it is.
 
-    ``pruned`` is what is called in the place of ``model``, None for the dense network. Of the fields after ``recipe``,
-    ``loss``, ``right``, ``seen`` and ``seconds`` are sums over the epoch it is in, ``epoch_random`` the state of the random
-    numbers at its start.
+    ``pruned`` is what is called in the place of ``model``, None for the dense network. ``loss``, ``right``, ``seen`` and
+    ``seconds`` are sums over the epoch the run is in, ``epoch_random`` is the state of the random numbers at its start.
     """
 
     model: nn.Module
