@@ -172,8 +172,8 @@ def fit(
 class _Run:
     """A run that can be stopped: what is trained and by what, and how far it is.
 
-    ``pruned`` is what is called in the place of ``model``, None for the dense network. ``loss``, ``right``, ``seen`` and
-    ``seconds`` are sums over the epoch the run is in, ``epoch_random`` is the state of the random numbers at its start.
+    ``pruned`` is what is called in the place of ``model``, None for the dense network. ``loss``, ``right``, ``seen``
+    and ``seconds`` are sums over the epoch it is in, ``epoch_random`` is the state of the random numbers at its start.
     """
 
     model: nn.Module
@@ -216,8 +216,8 @@ class _Run:
                 buffer.copy_(value)
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.step + 1}; this step was not taken. Lower lr (now "
-                f"{self.optimizer.param_groups[0]['lr']:.3g}), lengthen warmup, or look for images whose values are not "
-                f"finite."
+                f"{self.optimizer.param_groups[0]['lr']:.3g}), lengthen warmup, or look for images whose values "
+                f"are not finite."
             )
         self.optimizer.zero_grad()
         loss.backward()
