@@ -7,6 +7,7 @@ leaves the checkpoints before it as they were.
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,11 +26,10 @@ class CheckpointError(RuntimeError):
 
 def prepare(folder: str | Path) -> None:
     """Make ``folder``, and raise CheckpointError if files cannot be written to it, before anything is trained."""
-    probe = Path(folder) / "probe.part"
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"1")
-        probe.unlink()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part") as probe:
+            probe.write(b"1")
     except OSError as error:
         raise CheckpointError(
             f"no checkpoints can be written to {folder} ({error}). Choose another folder, or give leave to write there."

@@ -89,6 +89,7 @@ class Images:
         padding: int | None = None,
         drop_last: bool = False,
         device: torch.device | str | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> "Batches":
         """One epoch of (x, y): x the normalised float32 images, y the int64 labels.
 
@@ -99,6 +100,8 @@ class Images:
         padding: pixels on each side for the crop; if None an eighth of the shorter side, 4 for
             32 x 32 images.
         device: where the batches go; where the pixels are if None.
+        part: (rank, world): this process's number and how many there are. Each gets `batch_size` images of every
+            batch of world x `batch_size`, so all together see what one process would; with `drop_last` alone.
 
         Raises ValueError for an unknown augmentation or a number out of range.
         """
@@ -110,8 +113,10 @@ class Images:
                 f"got batch_size={batch_size}, seed={seed}, epoch={epoch}, padding={padding}; "
                 "batch_size must be at least 1, the others at least 0"
             )
+        if not 0 <= part[0] < part[1] or (part[1] > 1 and not drop_last):
+            raise ValueError(f"part={part}; it must be (rank, world) with 0 <= rank < world, and needs drop_last=True")
         device = self.pixels.device if device is None else torch.device(device)
-        return Batches(self, batch_size, shuffle, augment, seed, epoch, padding, drop_last, device)
+        return Batches(self, batch_size, shuffle, augment, seed, epoch, padding, drop_last, device, part)
 
     def _where(self, chosen: np.ndarray) -> "Images":
         index = torch.from_numpy(np.flatnonzero(chosen)).to(self.labels.device)
@@ -131,10 +136,11 @@ class Batches:
     padding: int
     drop_last: bool
     device: torch.device
+    part: tuple[int, int]
 
     def __len__(self) -> int:
-        count = len(self.images)
-        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+        count, whole = len(self.images), self.batch_size * self.part[1]
+        return count // whole if self.drop_last else -(-count // whole)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         pixels, labels = self.images.pixels, self.images.labels
@@ -145,7 +151,8 @@ class Batches:
             for numbers in (self.images.mean, self.images.std)
         )
         scale, offset = 1 / (255 * std), -mean / std
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
+        rank, world = self.part
+        for start in range(rank * self.batch_size, len(self) * world * self.batch_size, world * self.batch_size):
             index = order[start : start + self.batch_size]
             x = pixels.index_select(0, index)  # 20 times as fast as pixels[index]
             if self.augment != "none":

@@ -19,6 +19,7 @@ from .channels import Channels
 from .checkpoints import CheckpointError, newest, prepare, write
 from .cost import Budget
 from .images import Images
+from .processes import agree, gathered, rank_and_world, summed, together
 from .removal import keeping_modes
 from .tailor import Report, Tailor
 from .tracing import trace
@@ -75,6 +76,10 @@ def fit(
 ) -> FitResult:
     """Train ``model`` in one run that ends in a network of exactly the budget.
 
+    Where torch.distributed has been initialised, it is one run over all processes: each trains on its own part of every
+    batch, ``batch_size`` images a process, and all end with the same network. Each is given its ``device``; batches
+    that are not ``Images`` must be divided already (a DistributedSampler).
+
     SGD with Nesterov momentum; the learning rate rises over the share ``warmup`` of the run and then follows a
     cosine to 0. As soon as the set of units is final, the network is made physically smaller and the same run goes on.
 
@@ -124,6 +129,7 @@ def fit(
     recipe |= {"warmup": warmup, "restart": restart, "label_smoothing": label_smoothing, "augment": augment}
     recipe |= {"precision": precision, "seed": seed, "bounds": {} if pruned is None else pruned.report()["bounds"]}
     recipe["shapes"] = {name: list(shape) for name, shape in channels.shapes.items()}
+    agree(recipe)
     saved = _saved(checkpoints, recipe)
     if saved and pruned is not None:
         pruned.resume(saved["pruned"])
@@ -137,8 +143,10 @@ def fit(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     run = _Run(model, pruned, channels, optimizer, schedule, recipe)
+    rank, _ = rank_and_world()
     if saved:
         run.restore(saved)
+    run.called = together(run.network, device)
     length = len(batches(0))
     for epoch in range(len(run.history), epochs):
         started = time.perf_counter()
@@ -146,20 +154,22 @@ def fit(
         if not taken:
             run.begin_epoch(device)
         elif taken < length:  # the same batches are drawn again
-            _set_random_state(run.epoch_random)
+            _set_random_state(run.epoch_random[rank])
         run.network.train()
         for position, (x, y) in enumerate(batches(epoch) if taken < length else ()):
             if position < taken:
                 continue
             if position == taken > 0:
-                _set_random_state(saved["random"])
+                _set_random_state(saved["random"][rank])
             run.train(x, y, precision, label_smoothing)
             if checkpoints is not None and run.step % (checkpoint_every or length) == 0:
                 run.seconds += time.perf_counter() - started
-                write(checkpoints, run.step, run.state() | {"random": _random_state(device)})
+                state = run.state() | {"random": gathered(_random_state(device))}
+                if rank == 0:
+                    write(checkpoints, run.step, state)
                 started = time.perf_counter()
         if taken == length:
-            _set_random_state(saved["random"])
+            _set_random_state(saved["random"][rank])
         run.seconds += time.perf_counter() - started
         measured = evaluate(run.network, val, precision=precision, device=device) if val is not None else {}
         row = run.end_epoch(measured)
@@ -172,8 +182,9 @@ def fit(
 class _Run:
     """A run that can be stopped: what is trained and by what, and how far it is.
 
-    ``pruned`` is what is called in the place of ``model``, None for the dense network. ``loss``, ``right``, ``seen``
-    and ``seconds`` are sums over the epoch it is in, ``epoch_random`` is the state of the random numbers at its start.
+    ``pruned`` is what is called in the place of ``model``, None for the dense network; ``called`` is what is called in
+    training. ``sums`` (of loss, hits and images) and ``seconds`` are of the epoch it is in, ``epoch_random`` is the
+    state of every process's random numbers at its start.
     """
 
     model: nn.Module
@@ -185,11 +196,10 @@ class _Run:
     step: int = 0
     history: list[dict] = field(default_factory=list)
     frozen_at: int | None = None
-    loss: Tensor | None = None
-    right: Tensor | None = None
-    seen: int = 0
+    sums: Tensor | None = None
     seconds: float = 0.0
-    epoch_random: list[Tensor] | None = None
+    epoch_random: list[list[Tensor]] | None = None
+    called: nn.Module | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -201,14 +211,14 @@ class _Run:
         return self.model if self.pruned is None else self.pruned.model
 
     def begin_epoch(self, device: torch.device) -> None:
-        self.loss, self.right = torch.zeros(2, device=device)
-        self.seen, self.seconds, self.epoch_random = 0, 0.0, _random_state(device)
+        self.sums, self.seconds = torch.zeros(3, device=device), 0.0
+        self.epoch_random = gathered(_random_state(device))
 
     def train(self, x: Tensor, y: Tensor, precision: str, label_smoothing: float) -> None:
         """Take one step; a loss that is not finite raises, and nothing has changed."""
         statistics = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
         with autocast(x.device, PRECISIONS[precision]):
-            logits = self.network(channels_last(x))
+            logits = self.called(channels_last(x))
         logits = logits.float()
         loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
         if not loss.isfinite():
@@ -224,11 +234,13 @@ class _Run:
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
-        self.loss = self.loss + loss.detach() * len(y)
-        self.right = self.right + (logits.detach().argmax(1) == y).sum()
-        self.seen += len(y)
+        right = (logits.detach().argmax(1) == y).sum()
+        self.sums = self.sums + torch.stack([loss.detach() * len(y), right, right.new_tensor(len(y))])
         if self.pruned is not None:
+            before = self.trained
             self.pruned.step(self.optimizer)
+            if self.trained is not before:  # made smaller, in every process at the same step
+                self.called = together(self.network, x.device)
             if self.pruned.frozen and self.frozen_at is None:
                 self.frozen_at = self.step
 
@@ -237,11 +249,12 @@ class _Run:
         open_units = (
             torch.ones(self.channels.units, dtype=torch.bool) if self.pruned is None else self.pruned.open_units
         )
+        loss, right, seen = summed(self.sums).tolist()
         row = {
             "epoch": len(self.history) + 1,
             "lr": self.schedule.get_last_lr()[0],
-            "train_loss": float(self.loss) / self.seen,
-            "train_accuracy": float(self.right) / self.seen,
+            "train_loss": loss / seen,
+            "train_accuracy": right / seen,
             "val_loss": measured.get("loss", math.nan),
             "val_accuracy": measured.get("accuracy", math.nan),
             "seconds": self.seconds,
@@ -256,6 +269,7 @@ class _Run:
         """Return all that a run needs to go on from here, but for the random numbers."""
         return {
             **{name: getattr(self, name) for name in _STATE},
+            "sums": gathered(self.sums.cpu()),
             "model": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -269,6 +283,7 @@ class _Run:
         self.schedule.load_state_dict(state["schedule"])
         for name in _STATE:
             setattr(self, name, state[name])
+        self.sums = state["sums"][rank_and_world()[0]].to(next(self.trained.parameters()).device)
 
     def result(self, steps_per_epoch: float) -> FitResult:
         widths = pd.DataFrame({"layer": self.channels.widths().keys(), "dense": self.channels.widths().values()})
@@ -285,7 +300,7 @@ class _Run:
         return FitResult(small, history, trajectory, widths, report, self.frozen_at)
 
 
-_STATE = ("recipe", "step", "history", "frozen_at", "loss", "right", "seen", "seconds", "epoch_random")
+_STATE = ("recipe", "step", "history", "frozen_at", "seconds", "epoch_random")
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
@@ -401,7 +416,7 @@ def batches_by_epoch(images: Images | Iterable, batch_size: int, augment: str, s
                 f"batch_size={batch_size} is larger than the {len(images)} training images; give a smaller one."
             )
         return lambda epoch: images.batches(
-            batch_size, shuffle=True, augment=augment, seed=seed, epoch=epoch, drop_last=True
+            batch_size, shuffle=True, augment=augment, seed=seed, epoch=epoch, drop_last=True, part=rank_and_world()
         )
     if not hasattr(images, "__len__"):
         raise ValueError(
