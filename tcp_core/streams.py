@@ -11,18 +11,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from .data import IMAGENET_STATISTICS
+from .processes import rank_and_world
 
 
 class Stream:
     """Batches ``(x, y)`` of the images in ``root``/<class>/*, for :func:`tcp_core.fit` to train on or to validate with.
 
     x: float32 ``[batch, 3, size, size]``, normalised; y: int64 ``[batch]``. Order and augmentation depend on ``seed``
-    and the epoch alone, whatever the number of workers, so a stopped run goes on with the same batches.
+    and the epoch alone, whatever the number of workers, so a stopped run goes on with the same batches. Of several
+    processes (torch.distributed) each trains on its own part of the images, and validates with all.
 
     Args:
         root: a folder with one folder of images a class.
@@ -69,15 +71,17 @@ class Stream:
             raise FileNotFoundError(f"{root} must be a folder with one folder of images a class ({error}).") from error
         self.classes = tuple(self.folder.classes)
         self.seed, self.train, self.skip_corrupt, self.skipped = seed, train, skip_corrupt, []
-        self.order = torch.Generator()
         self.images = _Decoded(self.folder, change)
+        rank, world = rank_and_world()
+        share = {"num_replicas": world, "rank": rank, "shuffle": True, "seed": seed, "drop_last": True}
+        self.order = DistributedSampler(self.images, **share) if train else None
         self.loader = DataLoader(
             self.images,
             batch_size=batch_size,
-            shuffle=train,
+            sampler=self.order,
             drop_last=train,
             num_workers=workers,
-            generator=self.order,
+            generator=torch.Generator(),  # torch's own is left alone
             collate_fn=_together,
             persistent_workers=False,  # new ones each epoch, which know its number
             pin_memory=torch.cuda.is_available(),
@@ -87,7 +91,8 @@ class Stream:
     def set_epoch(self, epoch: int) -> None:
         """Have the next pass draw the order and augmentation of ``epoch``."""
         self.images.seed = self.seed * 1_000_003 + epoch
-        self.order.manual_seed(self.images.seed)
+        if self.order is not None:
+            self.order.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.loader)
