@@ -50,7 +50,7 @@ papermill = $(BIN)/papermill --kernel python3 --language python --cwd notebooks 
 test test-slow soak: export OMP_NUM_THREADS ?= 1
 
 test: $(INSTALLED) ## the fast tests and the notebooks' checked cells
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env tests $(NOTEBOOKS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --nbval-lax --nbval-current-env tests $(NOTEBOOKS)
 
 test-slow: $(INSTALLED) ## the tests that take longer (large networks, whole runs)
 	$(BIN)/python -m pytest -m slow tests
