@@ -69,7 +69,8 @@ def pareto_figure(table: pd.DataFrame) -> Figure:
             x, y = rows["macs"], rows["accuracy"]
             look = {"lw": 2.6, "ms": 8, "zorder": 5} if ours else {"lw": 1.1, "ms": 5.5, "zorder": 3, "alpha": 0.85}
             axes.errorbar(x, y, rows["sd"].fillna(0), color=color, marker=marker, elinewidth=1.2, capsize=2.5, **look)
-            text = f"{_method(method, options)} {number(y.iloc[-1], 1)}"
+            several = sum(other == method for (other, _), _ in lines) > 1  # then options tell them apart
+            text = f"{_method(method, options if several else '')} {number(y.iloc[-1], 1)}"
             labels.append((x.iloc[-1], y.iloc[-1], text, color, "bold" if ours else "normal"))
         for _, row in dense.iterrows():
             axes.axhline(row["accuracy"], color=TEXT_GREY, linestyle=DOTS, linewidth=1.2)
@@ -91,7 +92,9 @@ def difference_figure(pairs: pd.DataFrame) -> Figure:
     """Draw ours minus each comparator with its standard error, budget by budget, for one group of `differences`."""
     pairs = pairs[pairs["rival"] != "dense"]
     budgets = list(dict.fromkeys(pairs["budget"]))
-    names = [_method(*name) for name in zip(pairs["rival"], pairs["options_rival"], strict=True)]
+    several = pairs.groupby("rival")["options_rival"].transform("nunique") > 1  # then options tell them apart
+    options = pairs["options_rival"].where(several, "")
+    names = [_method(*name) for name in zip(pairs["rival"], options, strict=True)]
     rows = list(dict.fromkeys(names))
     reach = max(1.0, 1.25 * pairs["difference"].abs().quantile(0.8))  # one far-off method must not squeeze the others
     with style():

@@ -40,7 +40,10 @@ NAMED = ("network", "data", "size", "epochs", "method", "macs", "params")
 RECIPE = ("batch_size", "lr", "weight_decay", "augment", "precision", "val_images", "weights")
 OF_COMPARATORS = ("prune_at", "restart")
 OF_CONTROLLER = ("phase_start", "phase_end")
-WORDS = {"prune_at": "pruned after {:.0%} of the run", "restart": "learning rate restarted then"}
+WORDS = {
+    "prune_at": lambda share: f"pruned after {100 * share:g} % of the run",
+    "restart": lambda _: "learning rate restarted then",
+}
 SAYS_NOTHING = ("seed", "threads", "out", "read_test", "checkpoint_every")
 
 GROUP = ["data", "network", "setting", "epochs", "recipe"]
@@ -436,7 +439,7 @@ def _changed(given, names, defaults):
     """Say which of the parameters `names` are not at their defaults; True is said by the name alone."""
     changed = {name: given[name] for name in names if name in given and given[name] != defaults.get(name)}
     return [
-        WORDS[name].format(value) if name in WORDS else name if value is True else _said({name: value})[0]
+        WORDS[name](value) if name in WORDS else name if value is True else _said({name: value})[0]
         for name, value in changed.items()
     ]
 
