@@ -199,7 +199,7 @@ def adaptation_figure(pairs: pd.DataFrame) -> Figure:
         axes.grid(visible=False, axis="y")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0)
         below = "; ".join(filter(None, [shared, _bars(pairs)]))
-        return _titled(fig, "What adapting the strength buys", below)
+        return _titled(fig, "What the controller buys", below)
 
 
 def widths_figure(root: str | Path, runs: pd.DataFrame) -> Figure:

@@ -131,6 +131,7 @@ def fit(
     recipe["shapes"] = {name: list(shape) for name, shape in channels.shapes.items()}
     agree(recipe)
     saved = _saved(checkpoints, recipe)
+    agree({"checkpoint": saved and saved["step"]})  # not if each machine has a folder of its own
     if saved and pruned is not None:
         pruned.resume(saved["pruned"])
     groups = _parameter_groups(model if pruned is None else pruned.model, weight_decay)
@@ -154,13 +155,13 @@ def fit(
         if not taken:
             run.begin_epoch(device)
         elif taken < length:  # the same batches are drawn again
-            _set_random_state(run.epoch_random[rank])
+            _set_random_state(run.epoch_random[rank], device)
         run.network.train()
         for position, (x, y) in enumerate(batches(epoch) if taken < length else ()):
             if position < taken:
                 continue
             if position == taken > 0:
-                _set_random_state(saved["random"][rank])
+                _set_random_state(saved["random"][rank], device)
             run.train(x, y, precision, label_smoothing)
             if checkpoints is not None and run.step % (checkpoint_every or length) == 0:
                 run.seconds += time.perf_counter() - started
@@ -169,7 +170,7 @@ def fit(
                     write(checkpoints, run.step, state)
                 started = time.perf_counter()
         if taken == length:
-            _set_random_state(saved["random"][rank])
+            _set_random_state(saved["random"][rank], device)
         run.seconds += time.perf_counter() - started
         measured = evaluate(run.network, val, precision=precision, device=device) if val is not None else {}
         row = run.end_epoch(measured)
@@ -307,10 +308,10 @@ def _random_state(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _set_random_state(state: list[Tensor]) -> None:
+def _set_random_state(state: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     for value in state[1:]:
-        torch.cuda.set_rng_state(value)
+        torch.cuda.set_rng_state(value, device)
 
 
 def _pruned(model, example, channels: Channels, steps: int, budget, prune, tailoring: dict) -> nn.Module | None:
