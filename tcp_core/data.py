@@ -31,7 +31,7 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 
 
 class Splits(NamedTuple):
-    """The parts of a data set; None where it has no such part."""
+    """The parts of a data set, `Images` or :class:`tcp_core.streams.Stream`; None where it has no such part."""
 
     train: Images
     val: Images | None
@@ -132,10 +132,26 @@ def image_folder(
     images of several sizes without `size`, and for parts whose classes differ.
     """
     root = Path(root).expanduser().resolve()
+    files = {part: _files(root / part, classes) for part, classes in folder_parts(root).items()}
+    size = (size, size) if isinstance(size, int) else size
+    if cache is None:
+        cache = os.environ.get("TCP_CACHE") or Path.home() / ".cache" / "tcp_core"
+    parts = {part: _read(root / part, files[part], size, Path(cache)) for part in files}
+    shapes = {part: tuple(images.pixels.shape[2:]) for part, images in parts.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"the images of {root} differ in height and width: {shapes}; pass size to resize them")
+    return _normalised(Splits(**{"val": None, "test": None, **parts}), mean, std)
+
+
+def folder_parts(root: Path) -> dict[str, list[str]]:
+    """The parts (train, val, test) of an image folder, and the classes of each: the same for all.
+
+    Only the folders' names are read. Raises FileNotFoundError or ValueError if one is missing or their classes differ.
+    """
     if not root.is_dir():
         raise FileNotFoundError(
             f"there is no folder {root}; pass the path of an image folder with train/<class>/* and "
-            'test/<class>/* (or val) in it, or one of the names "digits", "cifar10"'
+            'test/<class>/* (or val) in it, or, for images in memory, one of the names "digits", "cifar10"'
         )
     present = [part for part in Splits._fields if (root / part).is_dir()]
     if "train" not in present or len(present) < 2:
@@ -143,21 +159,24 @@ def image_folder(
             f"{root} has {', '.join(present) or 'none'} of the folders train, val, test; it "
             "needs train and at least one of val, test, each with one folder of images a class"
         )
-    files = {part: _files(root / part) for part in present}
+    parts = {part: class_folders(root / part) for part in present}
     for part in present[1:]:
-        if differing := set(files[part]) ^ set(files["train"]):
+        if differing := set(parts[part]) ^ set(parts["train"]):
             raise ValueError(
                 f"{root / 'train'} and {root / part} must have the same classes, but only one "
                 f"of them has {', '.join(sorted(differing)[:10])}; add or remove these folders"
             )
-    size = (size, size) if isinstance(size, int) else size
-    if cache is None:
-        cache = os.environ.get("TCP_CACHE") or Path.home() / ".cache" / "tcp_core"
-    parts = {part: _read(root / part, files[part], size, Path(cache)) for part in present}
-    shapes = {part: tuple(images.pixels.shape[2:]) for part, images in parts.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"the images of {root} differ in height and width: {shapes}; pass size to resize them")
-    return _normalised(Splits(**{"val": None, "test": None, **parts}), mean, std)
+    return parts
+
+
+def class_folders(folder: str | Path) -> list[str]:
+    """The names of the folders in `folder`, sorted, hidden ones left out; FileNotFoundError if there are none."""
+    entries = list(os.scandir(folder))
+    names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+    if not names:
+        found = "has files but no folders" if entries else "is empty"
+        raise FileNotFoundError(f"{folder} {found}; it must hold one folder of images for each class")
+    return names
 
 
 class _File(NamedTuple):
@@ -166,13 +185,10 @@ class _File(NamedTuple):
     modified: int
 
 
-def _files(folder: Path) -> dict[str, list[_File]]:
-    """Image files of every class folder, both sorted by name."""
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    if not names:
-        raise FileNotFoundError(f"{folder} is empty; it must hold one folder of images for each class")
-    files = {name: sorted(_walk(folder / name)) for name in names}
-    if empty := [name for name in names if not files[name]]:
+def _files(folder: Path, classes: list[str]) -> dict[str, list[_File]]:
+    """Image files of every class folder, sorted by name."""
+    files = {name: sorted(_walk(folder / name)) for name in classes}
+    if empty := [name for name in classes if not files[name]]:
         raise FileNotFoundError(
             f"no image in {folder / empty[0]}; every class needs at least one file that ends in {', '.join(SUFFIXES)}"
         )

@@ -50,6 +50,11 @@ class Images:
         shape = " x ".join(str(length) for length in self.pixels.shape)
         return f"Images({shape}, {len(self.classes)} classes, {self.pixels.device})"
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        return tuple(self.pixels.shape[1:])
+
     def to(self, device: torch.device | str) -> "Images":
         """The same images on another device; batches are then augmented there."""
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
@@ -60,22 +65,7 @@ class Images:
         val: the images in the second part, as a fraction (float) or a number (int).
         Raises ValueError if one of the parts would be empty.
         """
-        count = round(val * len(self)) if isinstance(val, float) else val
-        if not 0 < count < len(self):
-            raise ValueError(
-                f"val={val!r} leaves {count} of {len(self)} images for validation; pass a fraction "
-                f"(float) between 0 and 1, or a number (int) from 1 to {len(self) - 1}"
-            )
-        labels = self.labels.cpu().numpy()
-        shares = np.bincount(labels, minlength=len(self.classes)) * (count / len(labels))
-        counts = shares.astype(int)
-        # Images left over by rounding down go to the classes that lost most by it.
-        leftover = np.argsort(counts - shares, kind="stable")[: count - counts.sum()]
-        counts[leftover] += 1
-        rng = np.random.default_rng(seed)
-        chosen = np.zeros(len(labels), dtype=bool)
-        for label, number in enumerate(counts):
-            chosen[rng.permutation(np.flatnonzero(labels == label))[:number]] = True
+        chosen = stratified(self.labels.cpu().numpy(), len(self.classes), val, seed=seed)
         return self._where(~chosen), self._where(chosen)
 
     def batches(
@@ -186,3 +176,27 @@ def crop_and_flip(pixels: Tensor, shifts: Tensor, flips: Tensor, *, padding: int
     places = places.view(count, 1, height * width).expand(-1, channels, -1)
     padded = F.pad(pixels, (padding, padding, padding, padding)).flatten(2)
     return padded.gather(2, places).view(pixels.shape)
+
+
+def stratified(labels: np.ndarray, classes: int, val: float | int, *, seed: int) -> np.ndarray:
+    """Which images to validate with, bool [images]: drawn at random in the class proportions of the whole.
+
+    labels: [images], from 0 to classes - 1; val: how many, as a fraction (float) or a number (int).
+    Raises ValueError if that is none or all of them.
+    """
+    count = round(val * len(labels)) if isinstance(val, float) else val
+    if not 0 < count < len(labels):
+        raise ValueError(
+            f"val={val!r} leaves {count} of {len(labels)} images for validation; pass a fraction "
+            f"(float) between 0 and 1, or a number (int) from 1 to {len(labels) - 1}"
+        )
+    shares = np.bincount(labels, minlength=classes) * (count / len(labels))
+    counts = shares.astype(int)
+    # Images left over by rounding down go to the classes that lost most by it.
+    leftover = np.argsort(counts - shares, kind="stable")[: count - counts.sum()]
+    counts[leftover] += 1
+    rng = np.random.default_rng(seed)
+    chosen = np.zeros(len(labels), dtype=bool)
+    for label, number in enumerate(counts):
+        chosen[rng.permutation(np.flatnonzero(labels == label))[:number]] = True
+    return chosen

@@ -1,13 +1,17 @@
-"""The networks for small images that pruning papers report on, as large as those papers count them.
+"""The networks that pruning papers report on, as large as those papers count them, and weights for them.
 
-No forward holds a channel count, so a network still runs once channels have been removed from it.
+Those for small images are written out here; those for ImageNet are torchvision's. No forward holds a channel count, so
+a network still runs once channels have been removed from it.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
+import torchvision
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +27,73 @@ def build(name: str, *, num_classes: int, in_channels: int = 3) -> nn.Module:
             "Any other torch.nn.Module can be passed directly instead of a name."
         )
     return NETWORKS[name](num_classes=num_classes, in_channels=in_channels)
+
+
+def load_weights(model: nn.Module, place: str | Path, *, name: str = "") -> None:
+    """Give ``model`` the weights at ``place``; they must fit it whole, or nothing of it is changed.
+
+    place: a .safetensors file, or any other that torch.save has written of a state dict (also of one under "state_dict"
+        or "model", and with the "module." that DistributedDataParallel puts before names); or "published", for
+        torchvision's IMAGENET1K_V1 weights of the network that is called ``name`` in `NETWORKS`.
+
+    The counters ``num_batches_tracked`` of batch norms may be absent. Raises FileNotFoundError where there is no such
+    file or nothing can be fetched, ValueError for a file of something else, another network or other classes.
+    """
+    given = _published(name) if place == "published" else _weights(Path(place))
+    where = f"the published weights of {name}" if place == "published" else str(place)
+    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    shapes = {key: tuple(value.shape) for key, value in given.items()}
+    wrong = [key for key in own | shapes if own.get(key) != shapes.get(key)]
+    wrong = [key for key in wrong if key in shapes or not key.endswith("num_batches_tracked")]
+    head = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
+    both = [key for key in wrong if key in own and key in shapes and own[key][1:] == shapes[key][1:]]
+    if wrong and wrong == [key for key in both if key.rpartition(".")[0] in head]:
+        raise ValueError(
+            f"{where}: weights of a network with {shapes[wrong[0]][0]} classes, and this one has {own[wrong[0]][0]}; "
+            f"give weights for the same classes, or build the network with as many."
+        )
+    if wrong:
+        there, here = (str(known.get(wrong[0], "absent")) for known in (shapes, own))
+        raise ValueError(
+            f"{where}: not the weights of this {type(model).__name__}. {len(wrong)} of {len(own | shapes)} tensors "
+            f"differ, first of them {wrong[0]!r}: {there} there, {here} here. Give weights of the same network."
+        )
+    model.load_state_dict(given, strict=False)
+
+
+def _published(name: str) -> dict[str, Tensor]:
+    network = name.removeprefix("imagenet_")
+    if network == name or name not in NETWORKS:
+        known = ", ".join(sorted(known for known in NETWORKS if known.startswith("imagenet_")))
+        raise ValueError(f"there are no published weights of {name!r}, only of {known}; give the path of a file.")
+    weights = torchvision.models.get_model_weights(network).IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
+    except Exception as error:  # offline, refused, cut off, another hash, a damaged file kept from before
+        raise FileNotFoundError(
+            f"the published weights of {name} cannot be fetched ({error}); fetch {weights.url} where there is a "
+            f"connection, and give the path of that file instead of 'published'."
+        ) from error
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors in a file by name; nothing in it is executed."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no weights file {path}; give the path of a .safetensors or .pth file.")
+    try:
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        for nest in ("state_dict", "model"):
+            state = state[nest] if isinstance(state.get(nest), dict) else state
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        if not state or not all(isinstance(value, Tensor) for value in state.values()):
+            raise TypeError("no state dict in it")
+    except Exception as error:  # whatever the two readers make of a file that is something else
+        raise ValueError(
+            f"{path} cannot be read as weights ({type(error).__name__}); it must be a whole .safetensors file, or one "
+            f"that torch.save has written of a state dict alone: torch.save(model.state_dict(), path)."
+        ) from error
+    return state
 
 
 class BasicBlock(nn.Module):
@@ -288,6 +359,30 @@ class GoogLeNet(nn.Sequential):
         _initialise(self)
 
 
+def imagenet(network: str, *, num_classes: int = 1000, in_channels: int = 3) -> nn.Module:
+    """torchvision's network of that name, with a stem for images of `in_channels` channels.
+
+    Its fresh weights are drawn as those of all networks here, so that methods that draw them anew start alike.
+    """
+    model = torchvision.models.get_model(network, weights=None, num_classes=num_classes)
+    _initialise(model)
+    return model if in_channels == 3 else _with_stem(model, in_channels)
+
+
+def resnet18_small_stem(*, num_classes: int = 1000, in_channels: int = 3) -> nn.Module:
+    """torchvision's ResNet-18 with a 3x3 stem of stride 2: 64 x 64 images reach the first stage as 16 x 16 maps."""
+    return _with_stem(imagenet("resnet18", num_classes=num_classes), in_channels, kernel=3)
+
+
+def _with_stem(model: nn.Module, in_channels: int, *, kernel: int | None = None) -> nn.Module:
+    """Put in the place of the first convolution one for other images."""
+    name, old = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    stem = _conv(in_channels, old.out_channels, kernel or old.kernel_size[0], stride=old.stride[0])
+    _initialise(stem)
+    model.set_submodule(name, stem)
+    return model
+
+
 def _conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False)
 
@@ -326,4 +421,6 @@ NETWORKS = {
     "mobilenet_v2": MobileNetV2,
     "densenet40_12": DenseNet40,
     "googlenet": GoogLeNet,
+    **{f"imagenet_{name}": partial(imagenet, name) for name in ("resnet18", "resnet34", "resnet50", "mobilenet_v2")},
+    "resnet18_small_stem": resnet18_small_stem,
 }

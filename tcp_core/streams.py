@@ -5,18 +5,51 @@ For images that do not fit into memory, such as ImageNet's; small ones are faste
 
 from __future__ import annotations
 
+import copy
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from .data import IMAGENET_STATISTICS
+from .data import IMAGENET_STATISTICS, Splits, class_folders, folder_parts
+from .images import stratified
 from .processes import rank_and_world
+
+
+def load(
+    root: str | Path,
+    *,
+    size: int = 224,
+    batch_size: int = 256,
+    workers: int = 8,
+    seed: int = 0,
+    val_images: float | int = 0.05,
+    skip_corrupt: bool = False,
+) -> Splits:
+    """The streams of root/train/<class>/* and of root/val, root/test or both, as :func:`tcp_core.data.image_folder`
+    reads them into memory: a single held-out part is for testing, and ``val_images`` (as in :meth:`Stream.split`) of
+    the training images then validate. Other options as in :class:`Stream`.
+
+    Raises:
+        FileNotFoundError: if a folder is missing or empty.
+        ValueError: if the parts' classes differ, or no image would be left to train on or to validate with.
+    """
+    root = Path(root).expanduser().resolve()
+    options = {"size": size, "batch_size": batch_size, "workers": workers, "seed": seed, "skip_corrupt": skip_corrupt}
+    # the folders' names are compared first: to list the files of a million images takes minutes
+    parts = {part: Stream(root / part, train=part == "train", **options) for part in folder_parts(root)}
+    if len(parts) == 3:
+        return Splits(**parts)
+    train, test = parts.values()
+    return Splits(*train.split(val_images), test)
 
 
 class Stream:
@@ -24,10 +57,11 @@ class Stream:
 
     x: float32 ``[batch, 3, size, size]``, normalised; y: int64 ``[batch]``. Order and augmentation depend on ``seed``
     and the epoch alone, whatever the number of workers, so a stopped run goes on with the same batches. Of several
-    processes (torch.distributed) each trains on its own part of the images, and validates with all.
+    processes (torch.distributed) each trains on its own part of every batch, ``batch_size`` images, and validates with
+    all; they may be started after the stream is made.
 
     Args:
-        root: a folder with one folder of images a class.
+        root: a folder with one folder of images a class; hidden folders are passed over.
         size: side of the square that the network sees.
         batch_size: images a batch; when training, what is left at an epoch's end is dropped.
         train: random crop (8 to 100 % of the area) and mirroring, shuffled; else the centre, in order of the names.
@@ -37,9 +71,15 @@ class Stream:
             such an image is an error.
         mean, std: by which pixels in [0, 1] are normalised; ImageNet's by default.
 
+    Attributes:
+        classes: names of the classes, in the order of their labels.
+        shape: channels, height and width of one image as the network sees it.
+        paths, labels: of the images, bytes and int64 ``[images]``.
+        skipped: one line for each image that was left out so far, in this process.
+
     Raises:
         FileNotFoundError: if ``root`` is not such a folder.
-        ValueError: while iterating, with the name of an image that cannot be read.
+        ValueError: for a number out of range; while iterating, with the name of an image that cannot be read.
     """
 
     def __init__(
@@ -55,50 +95,52 @@ class Stream:
         mean: tuple[float, ...] = IMAGENET_STATISTICS["mean"],
         std: tuple[float, ...] = IMAGENET_STATISTICS["std"],
     ) -> None:
-        crop = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
-        centre = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
-        change = v2.Compose(
-            [
-                v2.PILToTensor(),
-                *(crop if train else centre),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(mean, std),
-            ]
-        )
+        for name, number, least in (("size", size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
+            if not isinstance(number, int) or number < least:
+                raise ValueError(f"{name}={number!r}; it must be an int of at least {least}.")
         try:
-            self.folder = ImageFolder(str(root))
-        except FileNotFoundError as error:
+            folder = _Folder(str(root))
+        except OSError as error:
             raise FileNotFoundError(f"{root} must be a folder with one folder of images a class ({error}).") from error
-        self.classes = tuple(self.folder.classes)
-        self.seed, self.train, self.skip_corrupt, self.skipped = seed, train, skip_corrupt, []
-        self.images = _Decoded(self.folder, change)
-        rank, world = rank_and_world()
-        share = {"num_replicas": world, "rank": rank, "shuffle": True, "seed": seed, "drop_last": True}
-        self.order = DistributedSampler(self.images, **share) if train else None
-        self.loader = DataLoader(
-            self.images,
-            batch_size=batch_size,
-            sampler=self.order,
-            drop_last=train,
-            num_workers=workers,
-            generator=torch.Generator(),  # torch's own is left alone
-            collate_fn=_together,
-            persistent_workers=False,  # new ones each epoch, which know its number
-            pin_memory=torch.cuda.is_available(),
-        )
-        self.set_epoch(0)
+        self.classes = tuple(folder.classes)
+        # in one piece, which workers share: of a list each would soon have a copy, as it counts references in it
+        self.paths = np.array([os.fsencode(path) for path, _ in folder.samples])
+        self.labels = np.array(folder.targets)
+        self.size, self.batch_size, self.train, self.workers, self.seed = size, batch_size, train, workers, seed
+        self.skip_corrupt, self.skipped, self.mean, self.std = skip_corrupt, [], mean, std
+        self.shape, self.epoch = (3, size, size), 0
+
+    def split(self, val_images: float | int, *, seed: int = 0) -> tuple[Stream, Stream]:
+        """(train, val): two disjoint parts with the class proportions of the whole; val sees the centre of each image.
+
+        val_images: how many images the second part has, as a fraction (float) or a number (int). The choice is that of
+        :meth:`tcp_core.images.Images.split`. Raises ValueError if one of the parts would be empty.
+        """
+        chosen = stratified(self.labels, len(self.classes), val_images, seed=seed)
+        train, val = copy.copy(self), copy.copy(self)
+        val.train = False
+        for part, members in ((train, ~chosen), (val, chosen)):
+            part.paths, part.labels, part.skipped = self.paths[members], self.labels[members], []
+        return train, val
 
     def set_epoch(self, epoch: int) -> None:
         """Have the next pass draw the order and augmentation of ``epoch``."""
-        self.images.seed = self.seed * 1_000_003 + epoch
-        if self.order is not None:
-            self.order.set_epoch(epoch)
+        self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.loader)
+        count, whole = len(self.labels), self.batch_size * self._part()[1]
+        return count // whole if self.train else -(-count // whole)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, y, faults in self.loader:
+        loader = DataLoader(
+            _Decoded(self),
+            batch_sampler=self._batches(),
+            num_workers=self.workers,
+            generator=torch.Generator(),  # torch's own is left alone
+            collate_fn=_together,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for x, y, faults in loader:
             for fault in faults:
                 if not self.skip_corrupt:
                     raise ValueError(f"{fault}. Replace the file, or pass skip_corrupt=True to leave such images out.")
@@ -109,31 +151,51 @@ class Stream:
                 yield x, y
 
     def __repr__(self) -> str:
-        return f"Stream({len(self.folder):,} images in {len(self.classes)} classes, {len(self)} batches)"
+        return f"Stream({len(self.labels):,} images in {len(self.classes)} classes, {len(self)} batches)"
+
+    def _part(self) -> tuple[int, int]:
+        return rank_and_world() if self.train else (0, 1)
+
+    def _batches(self) -> list[list[int]]:
+        """Return the numbers of the images in each of this process's batches, as :class:`tcp_core.images.Batches`."""
+        count, (rank, world) = len(self.labels), self._part()
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(count) if self.train else np.arange(count)
+        starts = range(rank * self.batch_size, len(self) * world * self.batch_size, world * self.batch_size)
+        return [order[start : start + self.batch_size].tolist() for start in starts]
+
+
+class _Folder(ImageFolder):
+    """torchvision's, but hidden folders, such as a notebook server's checkpoints, are no classes."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        classes = class_folders(directory)
+        return classes, {name: label for label, name in enumerate(classes)}
 
 
 class _Decoded(Dataset):
-    """The images of a folder as the network sees them, each with random numbers of its own; faults as text."""
+    """The images of a stream as the network sees them, each with random numbers of its own; faults as text."""
 
-    def __init__(self, folder: ImageFolder, change: v2.Transform) -> None:
-        self.folder, self.change, self.seed = folder, change, 0
+    def __init__(self, stream: Stream) -> None:
+        self.paths, self.labels, size = stream.paths, stream.labels, stream.size
+        crop = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+        centre = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+        scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(stream.mean, stream.std)]
+        self.change = v2.Compose([v2.PILToTensor(), *(crop if stream.train else centre), *scale])
+        self.seed, self.epoch = stream.seed, stream.epoch
 
     def __len__(self) -> int:
-        return len(self.folder)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
-        path, label = self.folder.samples[index]
+        path = os.fsdecode(self.paths[index])
         try:
-            image = self.folder.loader(path)
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-        ) as error:  # what Pillow raises for files that are no image, or cut off
+            image = default_loader(path)
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for files that are no image or cut off
             return f"{path} cannot be read ({error})"
+        (own,) = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * len(self) + index)
-            return self.change(image), label
+            torch.default_generator.manual_seed(int(own))  # torch.manual_seed would seed a GPU's too
+            return self.change(image), int(self.labels[index])
 
 
 def _together(samples: list) -> tuple[Tensor, Tensor, list[str]]:

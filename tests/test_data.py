@@ -56,6 +56,7 @@ def cache(tmp_path, monkeypatch):
 def test_images_know_their_length_and_show_their_shape():
     images = some_images()
     assert len(images) == 23
+    assert images.shape == (3, 6, 5)
     assert repr(images) == "Images(23 x 3 x 6 x 5, 3 classes, cpu)"
 
 
@@ -456,7 +457,8 @@ def test_empty_part_is_refused(folder):
 
 
 def test_empty_class_is_refused(folder):
-    (folder / "train" / "cow").mkdir()
+    for part in ("train", "test"):
+        (folder / part / "cow").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no image in .*cow; every class needs"):
         data.load(folder)
 

@@ -1,24 +1,44 @@
 """Large images from a folder: the same batches whatever the workers, and a corrupt image by name."""
 
+import os
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from tcp_core import fit, nets
+from tcp_core import data, fit, nets, streams
+from tcp_core.images import Images
 from tcp_core.streams import Stream
+
+
+def save_images(folder, *, count=24, classes=("cat", "dog"), suffix=".png", sides=(20, 60)):
+    """Images of random sizes, their numbers as names, class by class in turn."""
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        place = folder / classes[index % len(classes)]
+        place.mkdir(exist_ok=True, parents=True)
+        height, width = rng.integers(*sides, size=2)
+        pixels = rng.integers(0, 256, size=(height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{index:02d}{suffix}")
+    return folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    rng = np.random.default_rng(0)
-    for index in range(24):
-        place = tmp_path / ("cat", "dog")[index % 2]
-        place.mkdir(exist_ok=True)
-        height, width = rng.integers(20, 60, size=2)
-        pixels = rng.integers(0, 256, size=(height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(place / f"{index:02d}.png")
-    return tmp_path
+    return save_images(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A training folder of 40 JPEGs of 32 x 32, unequally many a class."""
+    folder = tmp_path_factory.mktemp("whole")
+    save_images(folder, count=30, classes=("ant", "bee", "cat"), suffix=".JPEG", sides=(32, 33))
+    return save_images(folder, count=10, classes=("dog",), suffix=".JPEG", sides=(32, 33))
 
 
 def stream(folder, **options):
@@ -26,13 +46,15 @@ def stream(folder, **options):
 
 
 def test_batches_in_order_of_the_names(folder):
+    (folder / ".hidden").mkdir()
     val = stream(folder)
     assert repr(val) == "Stream(24 images in 2 classes, 5 batches)"
     assert val.classes == ("cat", "dog")
     batches = list(val)
     assert [len(y) for _, y in batches] == [5, 5, 5, 5, 4]
     assert torch.cat([y for _, y in batches]).tolist() == [0] * 12 + [1] * 12
-    assert all(x.shape[1:] == (3, 16, 16) and x.dtype == torch.float32 for x, _ in batches)
+    assert val.shape == (3, 16, 16)
+    assert all(x.shape[1:] == val.shape and x.dtype == torch.float32 for x, _ in batches)
 
 
 def test_seed_and_epoch_alone_decide_the_batches(folder):
@@ -51,6 +73,7 @@ def test_seed_and_epoch_alone_decide_the_batches(folder):
     assert first.equal(drawn(workers=2))
     assert not first.equal(drawn(epoch=1))
     assert not first.equal(drawn(seed=1))
+    assert not drawn(epoch=1).equal(drawn(seed=1))
     assert len(first) == 20  # what is left at the end is dropped
 
 
@@ -68,11 +91,128 @@ def test_a_corrupt_image_is_named(folder, content):
     assert len(leaves_out.skipped) == 1
 
 
+def test_each_part_of_a_split_counts_what_it_leaves_out(folder):
+    parts = stream(folder, train=True, skip_corrupt=True).split(4)
+    strict = stream(folder, train=True).split(4)
+    for part, count, same in zip(parts, (19, 3), strict, strict=True):
+        Path(os.fsdecode(part.paths[0])).write_bytes(b"")
+        with pytest.warns(UserWarning, match="left out, 1 so far"):
+            assert sum(len(y) for _, y in part) == count
+        assert len(list(part)) == len(part)  # named once
+        assert len(part.skipped) == 1
+        with pytest.raises(ValueError, match="cannot be read"):
+            list(same)
+
+
 def test_a_folder_that_is_none_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="must be a folder with one folder of images a class"):
+    with pytest.raises(FileNotFoundError, match="must be a folder with one folder of images a class .* is empty"):
         Stream(tmp_path)
-    with pytest.raises(FileNotFoundError, match="absent must be a folder"):
-        Stream(tmp_path / "absent")
+    (tmp_path / "file.png").touch()
+    with pytest.raises(FileNotFoundError, match=r"must be a folder .* has files but no folders"):
+        Stream(tmp_path)
+    for place in ("absent", "file.png"):
+        with pytest.raises(FileNotFoundError, match=f"{place} must be a folder"):
+            Stream(tmp_path / place)
+
+
+@pytest.mark.parametrize("wrong", [{"size": 0}, {"batch_size": 0}, {"workers": -1}, {"size": 2.5}])
+def test_numbers_out_of_range_are_refused(folder, wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}={value}; it must be an int of at least"):
+        stream(folder, **wrong)
+
+
+@given(val=st.integers(1, 39), seed=st.integers(0, 2**32))
+def test_split_is_disjoint_complete_and_that_of_images(whole, val, seed):
+    images = stream(whole, train=True)
+    labels = torch.from_numpy(images.labels)
+    numbered = Images(torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1), labels, images.classes, (0.0,), (1.0,))
+    for part, same in zip(images.split(val, seed=seed), numbered.split(val, seed=seed), strict=True):
+        assert part.paths.tolist() == images.paths[same.pixels.flatten().numpy()].tolist()
+        assert part.labels.tolist() == same.labels.tolist()
+        assert part.classes == images.classes
+    train, held_out = images.split(val, seed=seed)
+    assert sorted([*train.paths, *held_out.paths]) == sorted(images.paths)
+    shares = np.bincount(images.labels) * val / 40
+    assert (np.abs(np.bincount(held_out.labels, minlength=4) - shares) < 1).all()
+
+
+def test_a_split_validates_with_the_centre_and_trains_with_crops(whole):
+    train, val = stream(whole, train=True, batch_size=8).split(0.25)
+    assert (len(train), len(val), len(train.labels), len(val.labels)) == (3, 2, 30, 10)
+    centres = torch.cat([x for x, _ in stream(whole)])
+    chosen = np.isin(stream(whole).paths, val.paths)
+    assert torch.cat([x for x, _ in val]).equal(centres[torch.from_numpy(chosen)])
+    first = torch.cat([x for x, _ in train])
+    assert first.equal(torch.cat([x for x, _ in train]))
+    train.set_epoch(1)
+    assert not first.equal(torch.cat([x for x, _ in train]))
+    assert torch.cat([x for x, _ in val]).equal(centres[torch.from_numpy(chosen)])
+
+
+@pytest.mark.parametrize("val", [0, 40, 1.0])
+def test_a_split_with_an_empty_part_is_refused(whole, val):
+    with pytest.raises(ValueError, match=rf"val={val} leaves .* of 40 images .* from 1 to 39"):
+        stream(whole).split(val)
+
+
+@pytest.mark.parametrize("held_out", [("val",), ("test",), ("val", "test")])
+def test_load_gives_the_parts_of_an_image_folder(tmp_path, monkeypatch, held_out):
+    for part, count in zip(("train", *held_out), (20, 6, 4), strict=False):
+        save_images(tmp_path / part, count=count)
+    scanned, of_folder = [], streams.ImageFolder.make_dataset
+
+    def make_dataset(directory, *given, **options):
+        scanned.append(directory)
+        return of_folder(directory, *given, **options)
+
+    monkeypatch.setattr(streams.ImageFolder, "make_dataset", staticmethod(make_dataset))
+    options = {"size": 16, "batch_size": 4, "workers": 0, "seed": 3, "skip_corrupt": True}
+    splits = streams.load(str(tmp_path), **options, val_images=2)
+    assert isinstance(splits, data.Splits)
+    assert scanned == [str(tmp_path / part) for part in ("train", *held_out)]  # each once
+    assert [len(part.labels) for part in splits] == ([20, 6, 4] if len(held_out) == 2 else [18, 2, 6])
+    assert [part.train for part in splits] == [True, False, False]
+    for part in splits:
+        assert part.classes == ("cat", "dog")
+        assert (part.size, part.batch_size, part.workers, part.seed, part.skip_corrupt) == tuple(options.values())
+
+
+def test_load_refuses_wrong_folders_before_it_lists_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "Stream", None)
+    with pytest.raises(FileNotFoundError, match="there is no folder .*absent; pass the path of an image folder"):
+        streams.load(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="has none of the folders train, val, test; it needs train"):
+        streams.load(tmp_path)
+    save_images(tmp_path / "train")
+    with pytest.raises(FileNotFoundError, match=r"has train of the folders .* at least one of val, test"):
+        streams.load(tmp_path)
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "0.JPEG").touch()  # as ImageNet's are unpacked
+    with pytest.raises(FileNotFoundError, match="val has files but no folders; it must hold one folder of images"):
+        streams.load(tmp_path)
+    (tmp_path / "val" / "cat").mkdir()
+    with pytest.raises(ValueError, match="must have the same classes, but only one of them has dog"):
+        streams.load(tmp_path)
+
+
+def test_processes_started_after_the_stream_share_every_batch(whole, monkeypatch):
+    """Each of three takes 4 images of what one process would take as a batch of 12; all validate with all."""
+    one = list(stream(whole, train=True, batch_size=12))
+    train, val = stream(whole, train=True, batch_size=4), stream(whole)
+    images = torch.cat([x for x, _ in val])
+    assert len(train) == 10
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(streams, "rank_and_world", lambda rank=rank: (rank, 3))
+        ours = pickle.loads(pickle.dumps(train))  # as a process that is spawned gets it
+        assert len(ours) == len(train) == 3
+        parts.append(list(ours))
+        assert len(val) == 8
+        assert torch.cat([x for x, _ in val]).equal(images)
+    for batch, *own in zip(one, *parts, strict=True):
+        for together, separate in zip(batch, zip(*own, strict=True), strict=True):
+            assert together.equal(torch.cat(separate))
 
 
 def test_a_stream_trains_a_tailored_network(folder):
