@@ -27,15 +27,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .batches import by_epoch, channels_last
 from .channels import Channels
 from .controller import MIN_PHASE_STEPS, Controller, normalised_square
 from .cost import Budget, BudgetError
 from .gates import Gated, gated_parameters
 from .images import Images
+from .processes import summed
 from .removal import check_same_model, keeping_modes, remove, to_model
 from .selection import fill, tighten
 from .tailor import Report
-from .train import PRECISIONS, autocast, batches_by_epoch, channels_last
+from .train import PRECISIONS, autocast
 
 METHODS = (
     *("uniform_l1", "global_l1", "slimming", "taylor", "random"),
@@ -92,7 +94,7 @@ def pruner(
         raise ImportError("torch_pruning is a library that is not installed here: pip install torch-pruning")
 
     def measured_on(device: torch.device) -> Iterable:
-        epochs = map(batches_by_epoch(train, batch_size, augment, seed, device), range(batches))
+        epochs = map(by_epoch(train, batch_size, augment, seed, device), range(batches))
         return itertools.islice(itertools.chain.from_iterable(epochs), batches)
 
     scores = {
@@ -422,6 +424,7 @@ def taylor(
                 logits = gated(channels_last(x))
             (gradient,) = torch.autograd.grad(F.cross_entropy(logits.float(), y), gated.gate)
             importance += normalised_square(gradient)
+    importance = summed(importance)  # of several processes, each has seen its own part of the batches
     for buffer, value in statistics:
         buffer.copy_(value)
     if not importance.any():

@@ -21,8 +21,8 @@ ARCHITECTURES = {
         **{"densenet40_12": ("DenseNet-40",), "googlenet": ("GoogLeNet",)},
     },
     "ImageNet": {
-        **{f"resnet{depth}": (f"ResNet-{depth}",) for depth in (18, 34, 50)},
-        "mobilenet_v2": ("MobileNetV2",),
+        **{f"imagenet_resnet{depth}": (f"ResNet-{depth}",) for depth in (18, 34, 50)},
+        "imagenet_mobilenet_v2": ("MobileNetV2",),
     },
 }
 CHANGE = (-20, 1.5)  # points of accuracy between which a published change from the paper's own baseline is believed

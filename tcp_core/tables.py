@@ -33,18 +33,23 @@ METHODS = {
     "random": "random",
 }  # in the order of every table
 NAMES = {name: names[0] for known in ARCHITECTURES.values() for name, names in known.items()}
+NAMES["resnet18_small_stem"] = "ResNet-18 with a small stem"
 
-# What the run notebook's parameters are to a comparison. One that stands in none of these is part of the recipe, and is
-# named there unless it has its default: so nothing that differs is averaged or compared by accident.
+# What the run notebook's parameters are to a comparison. IF_CHANGED, and one that stands in none of these, is part of
+# the recipe, and is named there unless it has its default: so nothing that differs is averaged or compared by accident.
 NAMED = ("network", "data", "size", "epochs", "method", "macs", "params")
 RECIPE = ("batch_size", "lr", "weight_decay", "augment", "precision", "val_images", "weights")
+IF_CHANGED = (
+    *("warmup", "label_smoothing", "mixing", "accumulate"),
+    *("processes", "sync_batch_norm", "skip_corrupt"),
+)
 OF_COMPARATORS = ("prune_at", "restart")
 OF_CONTROLLER = ("phase_start", "phase_end")
 WORDS = {
     "prune_at": lambda share: f"pruned after {100 * share:g} % of the run",
     "restart": lambda _: "learning rate restarted then",
 }
-SAYS_NOTHING = ("seed", "threads", "out", "read_test", "checkpoint_every")
+SAYS_NOTHING = ("seed", "threads", "out", "read_test", "checkpoint_every", "workers", "tensorboard")
 
 GROUP = ["data", "network", "setting", "epochs", "recipe"]
 KEY = [*GROUP, "budget", "method", "options"]
@@ -273,6 +278,8 @@ def heading(group: Mapping) -> str:
     if "network" in said:
         network = said.pop("network")
         said = {"network": NAMES.get(network, network), **said}
+    if "data" in said:
+        said["data"] += " (a stand-in for ImageNet)" * said["data"].startswith("tiny-imagenet")
     if "epochs" in said:
         said["epochs"] = f"{float(said['epochs']):g} epochs"
     text = ", ".join(said.values())
@@ -341,6 +348,8 @@ PAGES = {
 DATA = {
     "cifar10-jpeg": "cifar10-jpeg is a JPEG-encoded copy of CIFAR-10 (quality 75, 4:2:0): accuracies are some points "
     "below those on the original.",
+    "tiny-imagenet-100": "tiny-imagenet-100 is a stand-in for ImageNet: 100 of its classes, 300 training images each, "
+    "at 64 x 64; accuracies on it say nothing about ImageNet's.",
     "cifar10-madeup": "**cifar10-madeup is no data set: its numbers are made up, to show and to test this report.**",
 }
 # Digits after the point, by column; what stands here is a number and aligned right.

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .batches import by_epoch, channels_last, mixer, to_their_end
 from .channels import Channels
 from .checkpoints import CheckpointError, newest, prepare, write
 from .cost import Budget
 from .images import Images
-from .processes import agree, gathered, rank_and_world, summed, together
+from .processes import agree, alone, gathered, plain_batch_norms, rank_and_world, summed, synchronised, together
 from .removal import keeping_modes
 from .tailor import Report, Tailor
 from .tracing import trace
@@ -66,10 +67,14 @@ def fit(
     restart: float = 0.0,
     label_smoothing: float = 0.0,
     augment: str = "crop_flip",
+    mixing: str = "none",
+    accumulate: int = 1,
     precision: str = "fp32",
+    sync_batch_norm: bool = False,
     seed: int = 0,
     device: torch.device | str | None = None,
     on_epoch: Callable[[dict], Any] | None = None,
+    on_step: Callable[[int, int], Any] | None = None,
     checkpoints: str | Path | None = None,
     checkpoint_every: int = 0,
     **tailoring: Any,
@@ -95,10 +100,16 @@ def fit(
         restart: share of the run after which the learning rate's schedule starts anew, once; 0: it does not.
         weight_decay: of weights with two or more dimensions; batch norms and biases have none.
         augment: "none", "crop" or "crop_flip", for ``Images``.
+        mixing: "none", "mixup" or "cutmix" of each batch's images and labels, on the device they are trained on;
+            ``train`` must know its ``classes``.
+        accumulate: batches a step: their gradients are averaged. Batches left over at an epoch's end are not used.
         precision: "fp32", or "bf16" for autocast.
+        sync_batch_norm: of several processes, have the batch norms see all images of a batch (torch's SyncBatchNorm, on
+            GPUs only). The network that is returned has its own batch norms again.
         seed: order and augmentation of the training images.
         device: where to train; where the model is, if None.
-        on_epoch: called with each row of the history.
+        on_epoch: called with each row of the history and, as ``widths`` in it, the open channels of each layer.
+        on_step: called with the number of steps taken and that of the whole run, after each step.
         checkpoints: a folder for checkpoints. If it has one, the run goes on from there, to the same end as a run that
             was never stopped; with checkpoints of another run it is refused.
         checkpoint_every: steps between two checkpoints; 0: one an epoch.
@@ -112,21 +123,25 @@ def fit(
     _check_precision(precision)
     if not 0 <= restart < 1:
         raise ValueError(f"restart={restart!r}; it must be a share of the run in [0, 1), 0 for no restart.")
-    if not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs={epochs!r}; it must be an int of at least 1.")
+    for name, value in (("epochs", epochs), ("accumulate", accumulate)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}; it must be an int of at least 1.")
+    mix = mixer(mixing, train)
     device = _device(model, device)
     model.to(device)
-    batches = batches_by_epoch(train, batch_size, augment, seed, device)
+    batches = by_epoch(train, batch_size, augment, seed, device)
     if val is not None:
-        batches_by_epoch(val, batch_size, "none", None, device)  # refused now rather than after the first epoch
-    if not len(batches(0)):
-        raise ValueError("there is nothing to train on; give at least one batch.")
-    steps = epochs * len(batches(0))
+        by_epoch(val, batch_size, "none", None, device)  # refused now rather than after the first epoch
+    length = len(batches(0)) // accumulate
+    if not length:
+        raise ValueError(f"{len(batches(0))} batches to train on are less than one step of {accumulate}; give more.")
+    steps = epochs * length
     example = next(iter(batches(0)))[0][:2]
     channels = trace(model, example, ignore=tailoring.get("ignore", ()))
     pruned = _pruned(model, example, channels, steps, budget, prune, tailoring)
     recipe = {"epochs": epochs, "steps": steps, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     recipe |= {"warmup": warmup, "restart": restart, "label_smoothing": label_smoothing, "augment": augment}
+    recipe |= {"mixing": mixing, "accumulate": accumulate, "sync_batch_norm": sync_batch_norm}
     recipe |= {"precision": precision, "seed": seed, "bounds": {} if pruned is None else pruned.report()["bounds"]}
     recipe["shapes"] = {name: list(shape) for name, shape in channels.shapes.items()}
     agree(recipe)
@@ -134,6 +149,7 @@ def fit(
     agree({"checkpoint": saved and saved["step"]})  # not if each machine has a folder of its own
     if saved and pruned is not None:
         pruned.resume(saved["pruned"])
+    classes = synchronised(model if pruned is None else pruned.model, device) if sync_batch_norm else {}
     groups = _parameter_groups(model if pruned is None else pruned.model, weight_decay)
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
     again = round(restart * steps)
@@ -148,7 +164,6 @@ def fit(
     if saved:
         run.restore(saved)
     run.called = together(run.network, device)
-    length = len(batches(0))
     for epoch in range(len(run.history), epochs):
         started = time.perf_counter()
         taken = run.step - epoch * length  # steps of this epoch that were taken before the run was stopped
@@ -157,12 +172,17 @@ def fit(
         elif taken < length:  # the same batches are drawn again
             _set_random_state(run.epoch_random[rank], device)
         run.network.train()
-        for position, (x, y) in enumerate(batches(epoch) if taken < length else ()):
+        given = to_their_end(batches(epoch) if taken < length else ())
+        for position in range(length if taken < length else 0):
             if position < taken:
+                for _ in range(accumulate):
+                    next(given)
                 continue
             if position == taken > 0:
                 _set_random_state(saved["random"][rank], device)
-            run.train(x, y, precision, label_smoothing)
+            run.train((mix(*next(given)) for _ in range(accumulate)), accumulate, precision, label_smoothing)
+            if on_step is not None:
+                on_step(run.step, steps)
             if checkpoints is not None and run.step % (checkpoint_every or length) == 0:
                 run.seconds += time.perf_counter() - started
                 state = run.state() | {"random": gathered(_random_state(device))}
@@ -175,8 +195,9 @@ def fit(
         measured = evaluate(run.network, val, precision=precision, device=device) if val is not None else {}
         row = run.end_epoch(measured)
         if on_epoch is not None:
-            on_epoch(row)
-    return run.result(steps / epochs)
+            on_epoch(row | {"widths": channels.widths(run.open_units)})
+    plain_batch_norms(run.trained, classes)
+    return run.result(length)
 
 
 @dataclass
@@ -215,28 +236,28 @@ class _Run:
         self.sums, self.seconds = torch.zeros(3, device=device), 0.0
         self.epoch_random = gathered(_random_state(device))
 
-    def train(self, x: Tensor, y: Tensor, precision: str, label_smoothing: float) -> None:
-        """Take one step; a loss that is not finite raises, and nothing has changed."""
+    def train(
+        self, batches: Iterator[tuple[Tensor, Tensor]], count: int, precision: str, label_smoothing: float
+    ) -> None:
+        """Take one step on ``count`` batches; a loss that is not finite raises, and nothing has changed."""
         statistics = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
-        with autocast(x.device, PRECISIONS[precision]):
-            logits = self.called(channels_last(x))
-        logits = logits.float()
-        loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
-        if not loss.isfinite():
-            for buffer, value in statistics:  # the forward pass has put what is not finite into them
-                buffer.copy_(value)
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.step + 1}; this step was not taken. Lower lr (now "
-                f"{self.optimizer.param_groups[0]['lr']:.3g}), lengthen warmup, or look for images whose values "
-                f"are not finite."
-            )
+        sums = self.sums
         self.optimizer.zero_grad()
-        loss.backward()
+        for position, (x, y) in enumerate(batches, 1):
+            with alone(self.called) if position < count else nullcontext():
+                with autocast(x.device, PRECISIONS[precision]):
+                    logits = self.called(channels_last(x))
+                logits = logits.float()
+                loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+                if not loss.isfinite():
+                    self._refuse(loss, statistics)
+                (loss / count).backward()
+            right = (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
+            sums = sums + torch.stack([loss.detach() * len(y), right, right.new_tensor(len(y))])
+        self.sums = sums
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
-        right = (logits.detach().argmax(1) == y).sum()
-        self.sums = self.sums + torch.stack([loss.detach() * len(y), right, right.new_tensor(len(y))])
         if self.pruned is not None:
             before = self.trained
             self.pruned.step(self.optimizer)
@@ -245,11 +266,25 @@ class _Run:
             if self.pruned.frozen and self.frozen_at is None:
                 self.frozen_at = self.step
 
+    def _refuse(self, loss: Tensor, statistics: list[tuple[Tensor, Tensor]]) -> NoReturn:
+        self.network.zero_grad()  # of the gates too, which batches before this one have reached
+        for buffer, value in statistics:  # the forward pass has put what is not finite into them
+            buffer.copy_(value)
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at step {self.step + 1}; this step was not taken. Lower lr (now "
+            f"{self.optimizer.param_groups[0]['lr']:.3g}), lengthen warmup, or look for images whose values "
+            f"are not finite."
+        )
+
+    @property
+    def open_units(self) -> Tensor:
+        if self.pruned is None:
+            return torch.ones(self.channels.units, dtype=torch.bool)
+        return self.pruned.open_units
+
     def end_epoch(self, measured: Mapping[str, float]) -> dict:
         """Add the epoch's row to the history, and return it."""
-        open_units = (
-            torch.ones(self.channels.units, dtype=torch.bool) if self.pruned is None else self.pruned.open_units
-        )
+        open_units = self.open_units
         loss, right, seen = summed(self.sums).tolist()
         row = {
             "epoch": len(self.history) + 1,
@@ -286,7 +321,7 @@ class _Run:
             setattr(self, name, state[name])
         self.sums = state["sums"][rank_and_world()[0]].to(next(self.trained.parameters()).device)
 
-    def result(self, steps_per_epoch: float) -> FitResult:
+    def result(self, steps_per_epoch: int) -> FitResult:
         widths = pd.DataFrame({"layer": self.channels.widths().keys(), "dense": self.channels.widths().values()})
         history = pd.DataFrame(self.history)
         if self.pruned is None:
@@ -356,7 +391,7 @@ def evaluate(
     loss, right, seen = 0.0, 0, 0
     with keeping_modes(model):
         model.eval()
-        for x, y in batches_by_epoch(images, batch_size, "none", None, device)(0):
+        for x, y in by_epoch(images, batch_size, "none", None, device)(0):
             with autocast(device, PRECISIONS[precision]):
                 logits = model(channels_last(x))
             loss += float(F.cross_entropy(logits.float(), y, reduction="sum"))
@@ -392,11 +427,6 @@ def _device(model: nn.Module, device: torch.device | str | None) -> torch.device
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """Return images with their channels innermost in memory: convolutions of the whole network then run faster."""
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-
-
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Weights decay; batch norms and biases do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -404,39 +434,3 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-
-
-def batches_by_epoch(images: Images | Iterable, batch_size: int, augment: str, seed: int | None, device: torch.device):
-    """Return a function from the epoch's number to its batches; ``seed`` None keeps the order and every image."""
-    if isinstance(images, Images):
-        images = images.to(device)
-        if seed is None:
-            return lambda epoch: images.batches(batch_size)
-        if len(images) < batch_size:
-            raise ValueError(
-                f"batch_size={batch_size} is larger than the {len(images)} training images; give a smaller one."
-            )
-        return lambda epoch: images.batches(
-            batch_size, shuffle=True, augment=augment, seed=seed, epoch=epoch, drop_last=True, part=rank_and_world()
-        )
-    if not hasattr(images, "__len__"):
-        raise ValueError(
-            "batches must come from an iterable with a length, such as a DataLoader, so that steps can be planned."
-        )
-
-    class Moved:
-        def __len__(self) -> int:
-            return len(images)
-
-        def __iter__(self):
-            return ((x.to(device), y.to(device)) for x, y in images)
-
-    moved = Moved()
-    told = images if hasattr(images, "set_epoch") else getattr(images, "sampler", None)
-
-    def of_epoch(epoch: int) -> Moved:
-        if hasattr(told, "set_epoch"):
-            told.set_epoch(epoch)
-        return moved
-
-    return of_epoch

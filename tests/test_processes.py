@@ -1,12 +1,17 @@
 """One run over two processes: the same network in both, and that of one process with the doubled batch."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 
-from tcp_core import data, fit
+from tcp_core import data, fit, nets, processes
 
 EPOCHS, BATCH = 6, 20
 
@@ -25,13 +30,13 @@ def images():
     return train.split(len(train) - 640)[0], val
 
 
-def train(batch_size, folder=None, stop=None, **options):
+def train(batch_size, folder=None, stop=None, make=network, **options):
     def on_epoch(row):
         if row["epoch"] == stop:
             raise KeyboardInterrupt
 
     options = {"budget": {"macs": 0.4}, "epochs": EPOCHS, "batch_size": batch_size, "lr": 0.05, **options}
-    return fit(network(), *images(), **options, checkpoints=folder, checkpoint_every=5, on_epoch=on_epoch)
+    return fit(make(), *images(), **options, checkpoints=folder, checkpoint_every=5, on_epoch=on_epoch)
 
 
 def outcome(result):
@@ -75,6 +80,41 @@ def job_disagree(rank, folder):
     return found
 
 
+def with_norms():
+    torch.manual_seed(0)
+    return nets.small_resnet(widths=(4, 8, 12))
+
+
+def on_the_cpu(self, x):
+    """What torch's SyncBatchNorm computes, which itself runs on GPUs only: statistics of all processes' images."""
+    if not self.training:
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+    world, size = dist.get_world_size(), x.numel() // x.shape[1]
+    mean = all_reduce(x.mean((0, 2, 3))) / world
+    square = all_reduce(x.square().mean((0, 2, 3))) / world
+    var, count = square - mean**2, size * world
+    with torch.no_grad():
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        self.num_batches_tracked += 1
+    scale = self.weight * (var + self.eps).rsqrt()
+    return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+
+
+def job_synchronised(rank, folder):
+    nn.SyncBatchNorm.forward, processes.SYNCHRONISED = on_the_cpu, ("cpu",)
+    nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None  # which refuses the CPU
+    whole = train(BATCH, make=with_norms, sync_batch_norm=True)
+    kinds = {type(module) for module in whole.model.modules()}
+    assert nn.BatchNorm2d in kinds
+    assert nn.SyncBatchNorm not in kinds
+    return outcome(whole)
+
+
+def job_accumulated(rank, folder):
+    return outcome(train(BATCH // 2, accumulate=2))
+
+
 def run(job, tmp_path):
     mp.spawn(start, (2, tmp_path, job), nprocs=2)
     return [torch.load(tmp_path / f"{job.__name__}-{rank}.pt") for rank in (0, 1)]
@@ -89,6 +129,22 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
     torch.testing.assert_close(first, one, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
+def test_batch_norms_see_the_batches_of_all_processes(tmp_path):
+    first, second = run(job_synchronised, tmp_path)
+    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    one = outcome(train(2 * BATCH, make=with_norms))
+    assert first["widths"] == one["widths"]
+    torch.testing.assert_close(first, one, rtol=1e-2, atol=1e-3, equal_nan=True)
+
+
+def test_two_processes_add_up_batches(tmp_path):
+    first, second = run(job_accumulated, tmp_path)
+    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    one = outcome(train(2 * BATCH))
+    assert first["widths"] == one["widths"]
+    torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-2, atol=1e-3)
+
+
 def test_two_processes_go_on_together(tmp_path):
     first, second = run(job_resumed, tmp_path)
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
@@ -98,6 +154,70 @@ def test_two_processes_go_on_together(tmp_path):
 
 def test_processes_that_disagree_are_refused(tmp_path):
     assert all("must be given the same network" in text for text in run(job_disagree, tmp_path)[0])
+
+
+def test_a_function_of_a_notebook_runs_in_two_processes():
+    """Forked, so it need not be importable, and sees what the notebook has made; its result comes back."""
+    (model, *rest), ranks = (with_norms(), *images()), []
+
+    def in_each():
+        ranks.append(processes.rank_and_world())
+        result = fit(model, *rest, budget={"macs": 0.4}, epochs=EPOCHS, batch_size=BATCH, device=processes.join())
+        return result, ranks
+
+    result, theirs = processes.launch(in_each, 2)
+    assert (theirs, ranks) == ([(0, 2)], [])
+    assert result.report["largest_gate_removed"] == 0
+    assert sum(p.numel() for p in result.model.parameters()) == result.report["current"]["params"]
+    assert processes.launch(lambda: 3, 1) == 3
+    with pytest.raises(ValueError, match="processes=0; it must be at least 1"):
+        processes.launch(in_each, 0)
+
+
+def test_a_process_that_fails_is_told_of():
+    def fail():
+        raise KeyError(f"in process {processes.rank_and_world()[0]}")
+
+    with pytest.raises(RuntimeError, match=r"a process of 2 failed, in process \d:(.|\n)*KeyError: 'in process \d"):
+        processes.launch(fail, 2)
+
+
+SCRIPT = """
+import torch
+from tcp_core import data, fit, nets, processes
+torch.manual_seed(0)
+device = processes.join()
+train, val, _ = data.digits()
+result = fit(
+    nets.small_resnet(widths=(4, 8, 12)), train.split(len(train) - 640)[0], val,
+    budget={"macs": 0.4}, epochs=6, batch_size=20, device=device,
+)
+print("rank %d of %d" % processes.rank_and_world(), result.report["current"]["macs"])
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+        # its launcher for several processes, which asks for GPUs by its name alone
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+         "--dynamo_backend=no", "--main_process_port=0"],
+    ],
+)  # fmt: skip
+def test_launched_from_outside(tmp_path, command):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    said = subprocess.run(
+        [sys.executable, "-m", *command, str(script)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    first, second = sorted(line.split(" of 2 ") for line in said.stdout.splitlines() if line.startswith("rank"))
+    assert first[0] == "rank 0"
+    assert second[0] == "rank 1"
+    assert first[1] == second[1]
 
 
 def test_the_parts_of_a_batch_are_the_batch():

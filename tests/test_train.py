@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from zoo import counted
 
-from tcp_core import BudgetError, Tailor, data, evaluate, fit, nets, results
+from tcp_core import BudgetError, Tailor, batches, data, evaluate, fit, nets, results
 from tcp_core.train import warmup_cosine
 
 EPOCHS, BATCH = 6, 20  # 96 steps with 320 images, about the fewest that tailoring takes
@@ -58,6 +58,8 @@ def test_a_tailored_run_and_its_tables(images):
     assert result.report["largest_gate_removed"] == 0
     assert 0.95 < max(result.report["utilisation"].values()) <= 1
 
+    widths = [row.pop("widths") for row in rows]
+    assert widths[-1] == result.widths.set_index("layer")["tailored"].to_dict()
     history = result.history
     assert tuple(history) == results.HISTORY
     assert history.to_dict("records") == rows
@@ -214,6 +216,60 @@ def test_half_precision_autocast_trains_in_full_precision_parameters(images, bud
     plain = run(images, budget=budget)
     assert result.history["train_loss"].tolist() != plain.history["train_loss"].tolist()
     assert result.history["train_loss"].tolist() == pytest.approx(plain.history["train_loss"].tolist(), rel=0.2)
+
+
+@pytest.mark.parametrize("budget", [None, {"macs": 0.5}])
+def test_gradients_of_several_batches_are_one_step(images, budget):
+    """Without batch norm, whose statistics are each batch's own, small batches added up are a large one."""
+
+    def fitted(batch_size, accumulate):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10))
+        options = {"budget": budget, "epochs": EPOCHS, "batch_size": batch_size, "accumulate": accumulate, "lr": 0.02}
+        return fit(model, images[0], **options, on_step=lambda step, steps: seen.append((step, steps)))
+
+    seen = []
+    small, large = fitted(BATCH // 2, 2), fitted(BATCH, 1)
+    assert (
+        seen[: len(seen) // 2] == seen[len(seen) // 2 :] == [(step, seen[-1][1]) for step in range(1, seen[-1][1] + 1)]
+    )
+    torch.testing.assert_close(small.model.state_dict(), large.model.state_dict(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(small.history["train_loss"]), torch.tensor(large.history["train_loss"]), rtol=1e-4, atol=0
+    )
+    assert small.widths.equals(large.widths)
+
+
+@pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
+def test_images_of_a_batch_are_mixed(images, mixing):
+    torch.manual_seed(0)
+    result = run(images, budget={"macs": 0.5}, mixing=mixing, label_smoothing=0.1)
+    assert result.history["train_loss"].iloc[-1] > run(images, budget={"macs": 0.5}).history["train_loss"].iloc[-1]
+    x, y = next(iter(images[0].batches(BATCH)))
+    mixed, shares = batches.mixer(mixing, images[0])(x, y)
+    assert mixed.shape == x.shape
+    torch.testing.assert_close(shares.sum(1), torch.ones(BATCH))
+    assert (shares.gather(1, y[:, None]) > 0).all()
+
+
+def test_mixing_needs_classes_and_a_name(images):
+    with pytest.raises(ValueError, match="mixing='blur'; it must be one of none, mixup, cutmix"):
+        run(images, budget=None, mixing="blur")
+    with pytest.raises(ValueError, match="needs to know the classes"):
+        fit(network(), list(images[0].batches(BATCH)), epochs=1, mixing="mixup")
+
+
+def test_batches_must_be_as_many_as_they_say(images):
+    class Short(list):
+        def __len__(self):
+            return 5
+
+    with pytest.raises(ValueError, match="came to their end before their length"):
+        fit(network(), Short(list(images[0].batches(BATCH))[:4]), epochs=1)
+    with pytest.raises(ValueError, match="4 batches to train on are less than one step of 5"):
+        fit(network(), list(images[0].batches(BATCH))[:4], epochs=1, accumulate=5)
+    with pytest.raises(ValueError, match="SyncBatchNorm runs on cuda and xpu only"):
+        run(images, budget=None, sync_batch_norm=True)
 
 
 # -------------------------------------------------------------------------------------------------

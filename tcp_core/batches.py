@@ -1,0 +1,79 @@
+"""What a training loop is fed with: batches by epoch, on its device, mixed where wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from .images import Images
+from .processes import rank_and_world
+
+MIXING = {"none": None, "mixup": v2.MixUp, "cutmix": v2.CutMix}
+
+
+def by_epoch(images: Images | Iterable, batch_size: int, augment: str, seed: int | None, device: torch.device):
+    """Return a function from the epoch's number to its batches; ``seed`` None keeps the order and every image."""
+    if isinstance(images, Images):
+        images = images.to(device)
+        if seed is None:
+            return lambda epoch: images.batches(batch_size)
+        if len(images) < batch_size:
+            raise ValueError(
+                f"batch_size={batch_size} is larger than the {len(images)} training images; give a smaller one."
+            )
+        return lambda epoch: images.batches(
+            batch_size, shuffle=True, augment=augment, seed=seed, epoch=epoch, drop_last=True, part=rank_and_world()
+        )
+    if not hasattr(images, "__len__"):
+        raise ValueError(
+            "batches must come from an iterable with a length, such as a DataLoader, so that steps can be planned."
+        )
+
+    class Moved:
+        def __len__(self) -> int:
+            return len(images)
+
+        def __iter__(self):
+            return ((x.to(device), y.to(device)) for x, y in images)
+
+    moved = Moved()
+    told = images if hasattr(images, "set_epoch") else getattr(images, "sampler", None)
+
+    def of_epoch(epoch: int) -> Moved:
+        if hasattr(told, "set_epoch"):
+            told.set_epoch(epoch)
+        return moved
+
+    return of_epoch
+
+
+def to_their_end(batches: Iterable) -> Iterator:
+    """Yield all batches; asked for one more than there are, say that their length was wrong."""
+    yield from batches
+    raise ValueError("the batches came to their end before their length (len) said they would; make the two agree.")
+
+
+def mixer(mixing: str, images: Images | Iterable) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return what mixes the images of one batch with each other, and their labels, on the batch's device.
+
+    "none" changes nothing. Else labels become float ``[batch, classes]``, the share of each class: MixUp (Zhang et al.
+    2018) and CutMix (Yun et al. 2019) as torchvision has them, with torch's own random numbers and alpha 1.
+    """
+    if mixing not in MIXING:
+        raise ValueError(f"mixing={mixing!r}; it must be one of {', '.join(MIXING)}.")
+    if mixing == "none":
+        return lambda x, y: (x, y)
+    if not hasattr(images, "classes"):
+        raise ValueError(
+            f"mixing={mixing!r} needs to know the classes: give Images, a Stream or batches with the attribute "
+            f"`classes`, or mix in your own loader."
+        )
+    return MIXING[mixing](num_classes=len(images.classes))
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return images with their channels innermost in memory: convolutions of the whole network then run faster."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
