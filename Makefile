@@ -15,7 +15,7 @@ SNAKEMAKE ?= --cores $(CORES)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help study status report test test-slow soak lint lab benchmark clean FORCE
+.PHONY: help study status estimate report test test-slow soak lint lab benchmark clean FORCE
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
@@ -33,6 +33,9 @@ study: $(if $(EXPERIMENTS),$(INSTALLED),$(if $(DRY),$(INSTALLED),$(NOTEBOOKS:not
 
 status: $(INSTALLED) ## how far a declaration is: EXPERIMENTS=name [RUNS=... CORES=...]
 	@$(call experiments,status,$(or $(EXPERIMENTS),small))
+
+estimate: $(INSTALLED) ## hours that a declaration takes on this device, from measured steps: EXPERIMENTS=name [DATA=...]
+	@$(call experiments,estimate,$(or $(EXPERIMENTS),small))
 
 # the five budgets of one network that the notebook on the controller shows
 CONTROLLER ?= results/runs/cifar10-cpu/pretrained

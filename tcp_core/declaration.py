@@ -8,6 +8,8 @@ import difflib
 import fcntl
 import itertools
 import json
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,11 +19,9 @@ from pathlib import Path
 import nbformat
 import torch
 import yaml
-from PIL import Image
 
-from . import baselines, images, nets, results, train
+from . import baselines, batches, images, nets, places, results, train
 from .controller import Controller
-from .data import SUFFIXES
 from .tracing import trace
 
 ALLOWED = {
@@ -29,17 +29,22 @@ ALLOWED = {
     "method": ("tailored", "dense", *baselines.METHODS),
     "precision": tuple(train.PRECISIONS),
     "augment": images.AUGMENTATIONS,
+    "mixing": tuple(batches.MIXING),
 }
 RANGES = {
-    **dict.fromkeys(("macs", "params", "prune_at"), (0, 1)),
-    **dict.fromkeys(("epochs", "batch_size"), (1, 10**9)),
-    **dict.fromkeys(("lr", "weight_decay", "size", "val_images", "seed", "threads"), (0, 10**9)),
+    **dict.fromkeys(("macs", "params"), ("in [0, 1]", lambda value: 0 <= value <= 1)),
+    **dict.fromkeys(("warmup", "label_smoothing", "prune_at"), ("in [0, 1)", lambda value: 0 <= value < 1)),
+    **dict.fromkeys(("epochs", "batch_size", "accumulate", "processes"), ("at least 1", lambda value: value >= 1)),
+    **dict.fromkeys(
+        ("lr", "weight_decay", "size", "val_images", "seed", "threads", "workers", "checkpoint_every"),
+        ("at least 0", lambda value: 0 <= value < math.inf),
+    ),
 }
 BUDGETS = ("macs", "params")
-KNOWN = {"digits": ((1, 8, 8), 10), "cifar10": ((3, 32, 32), 10)}  # shape of an image, classes
 PLACES = {"data": "the key `data` of the declaration and DATA=...", "out": "RUNS=..."}
+HOW = ("checkpoint_every", "workers", "tensorboard")  # results do not depend on them and do not record them
 NETWORK, LOCK = "network.safetensors", ".lock"
-TORCHVISION = "cifar-10-batches-py"
+ROOT = "IMAGENET_ROOT"  # environment variable
 
 
 class DeclarationError(ValueError):
@@ -88,9 +93,11 @@ class Run:
         recorded = json.loads((self.folder / "params.json").read_text(encoding="utf-8"))
         faults = []
         for name, value in self.declared.items():
+            if name in HOW:
+                continue
             there = recorded.get(name, "nothing")
             if name == "weights" and value:  # recorded as file and its folder, which is another one on each machine
-                value = "/".join(Path(self.params["weights"]).parts[-2:]) if self.needs else value.partition(":")[2]
+                value = "/".join(Path(self.params["weights"]).parts[-2:]) if self.needs else value.removeprefix("file:")
                 there = "/".join(str(there).split("/")[-len(value.split("/")) :])
             if there != value:
                 faults.append(
@@ -102,12 +109,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Declaration:
-    """A declaration that was found right: its runs by key, what this machine lacks to execute them, and, by key, why
-    runs of a library that is not installed are skipped.
+    """A declaration that was found right: its data and their folder, its runs by key, what this machine lacks to
+    execute them, and, by key, why runs of a library that is not installed are skipped.
     """
 
     path: Path
     notebook: Path
+    data: str
+    images: Path | None
     runs: dict[str, Run]
     missing: list[str]
     skipped: dict[str, str]
@@ -142,11 +151,12 @@ def read(
 
     Args:
         path: the file, or its name.
-        data: where the declared images lie on this machine.
+        data: where the declared images lie on this machine; if None, for ImageNet, what IMAGENET_ROOT says.
         weights: folder of the weights declared as "file:...".
         runs: folder of all results, build/runs if None.
         places: False to list runs for which data or weights are not at hand; `missing` then says what is not.
-        budgets: False to leave out the comparison of budgets with the networks' floors, which takes seconds.
+        budgets: False to leave out what takes seconds: comparing budgets with the networks' floors, and files of
+            weights with the networks.
 
     Raises:
         DeclarationError: with all problems, each with file, key, what was given and what is allowed.
@@ -161,7 +171,7 @@ class _Reader:
         self.path = path_of(path)
         project = _project(self.path)
         self.folder = Path(runs).expanduser().absolute() if runs else project / "build" / "runs"
-        self.images = Path(data).expanduser().absolute() if data else None
+        self.source, self.images = "DATA", Path(data).expanduser().absolute() if data else None
         self.weights = Path(weights).expanduser().absolute() if weights else None
         self.problems: dict[str, list[str]] = {}  # the keys that have each
         self.skipped: dict[str, str] = {}
@@ -178,6 +188,8 @@ class _Reader:
     def declaration(self, places: bool, budgets: bool) -> Declaration:
         content = self.load()
         self.data = content["data"]
+        if self.data == "imagenet" and not self.images and os.environ.get(ROOT):
+            self.source, self.images = ROOT, Path(os.environ[ROOT]).expanduser().absolute()
         self.notebook = _project(self.path) / "notebooks" / f"{content['notebook']}.ipynb"
         self.defaults = self.parameters()
         fixed = self.values("fixed", content.get("fixed", {}))
@@ -194,13 +206,13 @@ class _Reader:
         for run in runs.values():
             self.check(run, runs)
         self.stop()
-        declaration = Declaration(self.path, self.notebook, runs, [], self.skipped)
+        declaration = Declaration(self.path, self.notebook, self.data, self.images, runs, [], self.skipped)
         todo = declaration.todo()
         declaration.missing.extend(self.missing(todo))
         for text in declaration.missing if places else ():
             self.say(*text.split(": ", 1))
         if budgets:
-            self.check_budgets(todo)
+            self.check_networks(todo)
         self.stop()
         return declaration
 
@@ -271,11 +283,10 @@ class _Reader:
                 allowed += "; YAML takes 5e-4 for text, so write 5.0e-4 or 0.0005"
         elif name in ALLOWED and value not in ALLOWED[name]:
             allowed = f"one of {', '.join(ALLOWED[name])}{_nearest(value, ALLOWED[name])}"
-        elif name in RANGES and not RANGES[name][0] <= value <= RANGES[name][1]:
-            low, high = RANGES[name]
-            allowed = f"in [{low}, {high}]" if high == 1 else f"at least {low}"
-        elif name == "weights" and value and not value.startswith(("file:", "run:")):
-            allowed = '"" (from scratch), "file:<name of a file in the folder WEIGHTS=...>" or "run:<key of a run>"'
+        elif name in RANGES and not RANGES[name][1](value):
+            allowed = RANGES[name][0]
+        elif name == "weights" and value not in ("", "published") and not value.startswith(("file:", "run:")):
+            allowed = '"" (from scratch), "published", "file:<name in the folder WEIGHTS=...>" or "run:<key of a run>"'
         if allowed:
             self.say(key, f"{value!r} given; it must be {allowed}")
         return allowed is None
@@ -329,6 +340,8 @@ class _Reader:
         if {"method", *BUDGETS} <= run.values.keys() and (run.values["method"] == "dense") == bool(run.budget()):
             given = f"method {run.values['method']} with {run.budget() or 'no budget'} given"
             self.say(run.key, f"{given}; dense takes no macs and params, every other method one of them or both")
+        for text in self.contradictions(run.values):
+            self.say(run.key, text)
         start, seen = run, set()
         while start.needs and start.needs in runs and start.key not in seen:
             seen.add(start.key)
@@ -353,57 +366,66 @@ class _Reader:
             except ImportError as error:  # an outside peer is optional
                 self.skipped[run.key] = str(error)
 
+    def contradictions(self, values: dict) -> Iterator[str]:
+        """Yield what does not go together in a run's values."""
+        workers, network = values.get("workers"), values.get("network", "")
+        if workers and self.data in ("digits", "cifar10"):
+            yield f"workers={workers} given, which decode the images of a folder; {self.data} needs 0"
+        elif workers and not values.get("size") and self.data not in places.KNOWN:
+            yield f"workers={workers} and size=0 given; images that are decoded while training need a size, such as 224"
+        if workers == 0 and self.data == "imagenet":
+            yield "workers=0 given, which holds all images in memory; imagenet needs at least 1"
+        if workers == 0 and values.get("skip_corrupt"):
+            yield "skip_corrupt=True and workers=0 given; images held in memory must all be readable, or give workers"
+        if values.get("sync_batch_norm") and values.get("processes") == 1:
+            yield "sync_batch_norm=True and processes=1 given; one process has nothing to synchronise with"
+        if values.get("weights") == "published" and not network.startswith("imagenet_"):
+            yield f"weights: there are none published for {network}, but for the networks imagenet_*"
+
     def missing(self, todo: dict[str, Run]) -> list[str]:
         """Return what is not at hand for the runs to do; a place that was given and is wrong is a problem."""
-        folder, found, wrong = self.images, [], None
-        original = self.data == "cifar10" and folder and (folder / TORCHVISION).is_dir()
-        if not folder:
-            if todo and self.data != "digits":
-                found.append(f"data: {self.data} is needed; say where it lies with DATA=/path/to/{self.data}")
-        elif self.data == "digits":
-            wrong = "digits come with scikit-learn; leave it out"
-        elif folder.name != self.data and not original:
-            wrong = f"its last part must be the declared name, {self.data}"
-        elif not original and not (folder / "train").is_dir():
-            wrong = f"there must be train/<class>/* in it, or, for cifar10, {TORCHVISION}"
-        if wrong:
-            self.say("data", f"DATA={folder} given; {wrong}")
+        found = []
+        if self.images and (wrong := places.fault(self.data, self.images)):
+            self.say("data", f"{self.source}={self.images} given; {wrong}")
+        elif not self.images and todo and self.data != "digits":
+            other = f" or the environment variable {ROOT}" if self.data == "imagenet" else ""
+            found.append(f"data: {self.data} is needed; say where it lies with DATA=/path/to/{self.data}{other}")
         starts = (run for run in todo.values() if run.declared.get("weights", "").startswith("file:"))
         files = sorted({run.params["weights"] for run in starts})
         hint = "" if self.weights else "; say where it lies with WEIGHTS=/path/to/folder"
         return [*found, *(f"weights: there is no {file}{hint}" for file in files if not Path(file).is_file())]
 
-    def check_budgets(self, todo: dict[str, Run]) -> None:
-        """Compare each budget with the smallest network there can be, as the controller does."""
-        shape, classes = self.shape()
+    def check_networks(self, todo: dict[str, Run]) -> None:
+        """Compare weights with the network, and each budget with the smallest there can be, as the controller does."""
+        try:
+            shape, classes, _ = places.facts(self.data, self.images)
+        except ValueError as error:
+            return self.say("data", f"{self.source}={self.images} given; {error}")
         traced, seen = {}, set()
         for run in todo.values() if shape else ():
             network, size, budget = run.values.get("network"), run.values.get("size"), run.budget()
+            start = (network, None if run.needs else run.params.get("weights"))
             case = (network, size, *budget.items())
-            if network is None or not budget or case in seen:
-                continue
-            seen.add(case)
             try:
-                if (network, size) not in traced:
-                    model = nets.build(network, num_classes=classes, in_channels=shape[0])
-                    example = torch.zeros(2, shape[0], *((size, size) if size else shape[1:]))
-                    traced[network, size] = trace(model, example)
-                Controller(traced[network, size], budget, steps=10**6)
-            except ValueError as error:  # a budget below the floor, or images that the network is not made for
+                if network and start not in seen:
+                    seen.add(start)
+                    self.check_weights(start[1], network, shape[0], classes)
+                if network and budget and case not in seen:
+                    seen.add(case)
+                    if (network, size) not in traced:
+                        model = nets.build(network, num_classes=classes, in_channels=shape[0])
+                        example = torch.zeros(2, shape[0], *((size, size) if size else shape[1:]))
+                        traced[network, size] = trace(model, example)
+                    Controller(traced[network, size], budget, steps=10**6)
+            except ValueError as error:  # a budget below the floor, images that the network is not made for, ...
                 self.say(run.key, str(error))
 
-    def shape(self) -> tuple:
-        """Return the shape of an image and the number of classes, (None, 0) if they cannot be known."""
-        if self.data in KNOWN or not self.images or not (self.images / "train").is_dir():
-            return KNOWN.get(self.data, (None, 0))
-        train = self.images / "train"
-        classes = [entry for entry in train.iterdir() if entry.is_dir() and entry.name[0] != "."]
-        first = next((path for path in train.rglob("*") if path.suffix.lower() in SUFFIXES), None)
-        if first is None:
-            self.say("data", f"DATA={self.images} given; there is no image in its folder train")
-            return None, 0
-        with Image.open(first) as image:
-            return (3, image.height, image.width), len(classes)
+    def check_weights(self, weights: str | None, network: str, channels: int, classes: int) -> None:
+        """Raise ValueError if these weights, which are not downloaded, do not fit the network with so many classes."""
+        if weights == "published" and classes != 1000:
+            raise ValueError(f"weights: the published ones know 1,000 classes, and {self.data} has {classes:,}")
+        if weights and Path(weights).is_file():
+            nets.load_weights(nets.build(network, num_classes=classes, in_channels=channels), weights, name=network)
 
 
 class _Loader(yaml.SafeLoader):

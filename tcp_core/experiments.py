@@ -22,6 +22,7 @@ from typing import TextIO
 import papermill
 from jupyter_client import AsyncKernelManager
 
+from . import estimate
 from .declaration import LOCK, Declaration, DeclarationError, Run, path_of, read
 
 
@@ -175,8 +176,9 @@ def study(path: Path, options: Sequence[str], snakemake: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Obey the command line."""
     parser = argparse.ArgumentParser(prog="python -m tcp_core.experiments", description="Declared experiments.")
-    help = "check: is it right; list: all runs; status: how far it is; study: do what is left; run: do one run"
-    parser.add_argument("command", choices=("check", "list", "status", "study", "run"), help=help)
+    help = "check: is it right; list: all runs; status: how far it is; estimate: hours of all runs on this device, "
+    help += "measured; study: do what is left; run: do one run"
+    parser.add_argument("command", choices=("check", "list", "status", "estimate", "study", "run"), help=help)
     parser.add_argument("declaration", help="name of a file in experiments/, or a path that ends in .yaml")
     parser.add_argument("key", nargs="?", help="of the run, for `run`; `list` prints the keys")
     parser.add_argument("--data", help="where the declared images lie")
@@ -191,12 +193,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             absolute = {name: Path(place).expanduser().absolute() for name, place in places.items() if place}
             options = [f"{name}={place}" for name, place in absolute.items()]
             study(path_of(given.declaration), options, shlex.split(given.snakemake))
-        short = given.command in ("status", "run")
+        short = given.command in ("status", "estimate", "run")
         declaration = read(given.declaration, **places, places=given.command in ("check", "run"), budgets=not short)
         if given.command == "run":
             if given.key not in declaration.runs:
                 parser.error(f"no run {given.key!r} in {given.declaration}; `list` prints the keys")
             execute(declaration, given.key, cores=given.cores)
+            return
+        if given.command == "estimate":
+            print(estimate.table(declaration))
             return
         if given.command == "check":
             print(f"{declaration.path}: {len(declaration.runs)} runs, all as they should be")

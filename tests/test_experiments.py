@@ -11,12 +11,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from tcp_core import baselines, experiments
+from tcp_core import baselines, estimate, experiments, nets, places
 from tcp_core.declaration import DeclarationError, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,16 @@ lr: float = 0.1  # rate
 seed: int = 0  # of everything
 weights: str = ""  # start
 restart: bool = False  # of the schedule
+size: int = 0  # side
+warmup: float = 0.05  # share
+mixing: str = "none"  # of batches
+workers: int = 0  # that decode
+skip_corrupt: bool = False  # images
+processes: int = 1  # of a run
+sync_batch_norm: bool = False  # over them
+threads: int = 0  # of the CPU
+batch_size: int = 64  # images a step
+precision: str = "fp32"  # of numbers
 fail: bool = False  # on purpose
 out: str = "../build/runs/fake"  # folder
 """
@@ -185,6 +196,16 @@ def declared(experiments="a: {grid: {macs: [0.5]}}", **changed):
         (declared(fixed="{lr: 5e-4}"), ["fixed.lr: '5e-4' given; it must be of type float", "5.0e-4"]),
         (declared(fixed="{seed: [1, 2]}"), ["fixed.seed: [1, 2] given; it must be of type int"]),
         (declared(fixed="{epochs: 0}"), ["fixed.epochs: 0 given; it must be at least 1"]),
+        (declared(fixed="{lr: .inf}"), ["fixed.lr: inf given; it must be at least 0"]),
+        (declared(fixed="{warmup: 1.0}"), ["fixed.warmup: 1.0 given; it must be in [0, 1)"]),
+        (declared(fixed="{mixing: cutmx}"), ["it must be one of none, mixup, cutmix (did you mean cutmix?)"]),
+        (declared(fixed="{processes: 0}"), ["fixed.processes: 0 given; it must be at least 1"]),
+        (declared(fixed="{workers: 2}"), ["workers=2 given", "digits needs 0"]),
+        (declared(data="pictures", fixed="{workers: 2}"), ["workers=2 and size=0 given"]),
+        (declared(data="imagenet"), ["workers=0 given", "imagenet needs at least 1"]),
+        (declared(fixed="{skip_corrupt: true}"), ["skip_corrupt=True and workers=0 given"]),
+        (declared(fixed="{sync_batch_norm: true}"), ["sync_batch_norm=True and processes=1 given"]),
+        (declared(fixed="{weights: published}"), ["weights: there are none published for small_resnet"]),
         (
             declared(fixed="{network: resnet2}"),
             ["network: 'resnet2' given; it must be one of densenet40_12, googlenet"],
@@ -284,10 +305,59 @@ def test_cifar10_may_lie_in_a_folder_of_any_name(project, tmp_path):
     assert "macs >=" in problems(project(declared("a: {grid: {macs: [0.0001]}}", data="cifar10")), places=False)[0]
 
 
+def imagenet_folder(folder, train=1000, val=1000):
+    for part, count in (("train", train), ("val", val)):
+        for number in range(count):
+            (folder / part / f"n{number:08d}").mkdir(parents=True)
+    return folder
+
+
+def test_imagenet(project, tmp_path, monkeypatch):
+    monkeypatch.delenv("IMAGENET_ROOT", raising=False)
+    path = project(declared(data="imagenet", fixed="{workers: 4, size: 64, network: imagenet_resnet18}"))
+    assert "DATA=/path/to/imagenet or the environment variable IMAGENET_ROOT" in problems(path, budgets=False)[0]
+    assert read(path, places=False).missing  # the budget is checked nevertheless
+    folder = imagenet_folder(tmp_path / "anywhere")
+    assert (
+        read(path, data=folder, budgets=False).runs["a/macs0.5"].declared["data"]
+        == "imagenet"
+        == places.name_of(folder)
+    )
+    monkeypatch.setenv("IMAGENET_ROOT", str(folder))
+    assert read(path, budgets=False).runs["a/macs0.5"].params["data"] == str(folder)
+    (folder / "val" / "n00000999").rename(folder / "val" / "lost+found")
+    (wrong,) = problems(path, budgets=False)
+    assert f"data: IMAGENET_ROOT={folder} given; ImageNet has 1,000 class folders" in wrong
+    assert "1,000 folders in train/ and 1,000 folders in val/, lost+found among them" in wrong
+    (wrong,) = problems(path, data=imagenet_folder(tmp_path / "other", train=3, val=0), budgets=False)
+    assert "DATA=" in wrong
+    assert "there are 3 folders in train/ and 0 folders in val/" in wrong
+
+
+def test_published_weights(project, tmp_path):
+    text = declared(
+        "a: {grid: {macs: [0.5], weights: published}}", data="pictures", fixed="{network: imagenet_resnet18}"
+    )
+    folder = image_folder(tmp_path / "pictures", (64, 64))
+    assert "the published ones know 1,000 classes, and pictures has 2" in problems(project(text), data=folder)[0]
+    path = project(text.replace("pictures", "imagenet").replace("resnet18", "resnet18, workers: 1, size: 64"))
+    run = read(path, places=False).runs["a/macs0.5"]
+    finished(run)
+    recorded = run.folder / "params.json"
+    recorded.write_text(json.dumps({k: v for k, v in json.loads(recorded.read_text()).items() if k != "workers"}))
+    assert run.disagreements() == []
+
+
 def test_files_of_weights(project, tmp_path):
     path = project(declared("a: {grid: {macs: [0.5], weights: 'file:{network}.safetensors'}}"))
     assert "there is no" in problems(path, weights=tmp_path)[0]
-    save_file({}, tmp_path / "small_resnet.safetensors")
+    for network, classes in (("small_resnet", 4), ("resnet20", 10)):
+        other = nets.build(network, num_classes=classes, in_channels=1)
+        save_file(other.state_dict(), tmp_path / "small_resnet.safetensors")
+        assert "small_resnet.safetensors" in problems(path, weights=tmp_path)[0]
+        assert len(read(path, weights=tmp_path, budgets=False).runs) == 1  # the run itself will find it
+    right = nets.build("small_resnet", num_classes=10, in_channels=1)
+    save_file(right.state_dict(), tmp_path / "small_resnet.safetensors")
     run = read(path, weights=tmp_path).runs["a/macs0.5"]
     assert run.params["weights"] == str(tmp_path / "small_resnet.safetensors")
     finished(run)  # and then the file is not needed any more, wherever it was
@@ -306,6 +376,35 @@ def test_results_of_something_else_are_refused(project, changed, words):
     finished(read(project()).runs["from_start/taylor-macs0.5-seed0"], **changed)
     assert words in problems(project())[0]
     assert read(project(), runs=project().parent / "elsewhere")
+
+
+@pytest.mark.parametrize("name", ["cifar10-paper", "imagenet-paper", "tiny-imagenet-cpu"])
+def test_committed_declarations_are_right(name, monkeypatch):
+    monkeypatch.delenv("IMAGENET_ROOT", raising=False)
+    assert read(ROOT / "experiments" / f"{name}.yaml", places=False, budgets=False).runs
+
+
+# Hours
+
+
+def test_estimate(project, capsys, monkeypatch):
+    monkeypatch.setattr(estimate, "images_per_second", lambda **how: 0.5)
+    experiments.main(["estimate", str(project())])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["start", "small_resnet", "fp32", "2", "2", "1,257", "0.5", "1.4", "2.8"]
+    assert lines[4].split() == ["all", "6", "9.8"]
+    assert "upper bound" in "".join(lines[5:])
+    with pytest.raises(SystemExit, match="DATA=/path/to/pictures"):
+        experiments.main(["estimate", str(project(declared(data="pictures")))])
+
+
+def test_a_measured_step():
+    before = torch.get_num_threads()
+    speed = estimate.images_per_second(
+        "small_resnet", shape=(1, 8, 8), classes=10, batch_size=4, threads=2, precision="bf16", seconds=0.01
+    )
+    assert 1 < speed < 1e6
+    assert torch.get_num_threads() == before
 
 
 # Execution
