@@ -68,6 +68,10 @@ class Images:
         chosen = stratified(self.labels.cpu().numpy(), len(self.classes), val, seed=seed)
         return self._where(~chosen), self._where(chosen)
 
+    def part(self, rank: int, world: int) -> "Images":
+        """Every `world`-th image from number `rank` on; the memory is shared."""
+        return replace(self, pixels=self.pixels[rank::world], labels=self.labels[rank::world])
+
     def batches(
         self,
         batch_size: int,

@@ -123,6 +123,13 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the first one's buffers: running statistics are of each process's own batches."""
+    if rank_and_world()[1] > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def together(network: nn.Module, device: torch.device) -> nn.Module:
     """Return what is called in training: the network, wrapped where there are several processes."""
     if rank_and_world()[1] == 1:

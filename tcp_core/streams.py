@@ -57,8 +57,8 @@ class Stream:
 
     x: float32 ``[batch, 3, size, size]``, normalised; y: int64 ``[batch]``. Order and augmentation depend on ``seed``
     and the epoch alone, whatever the number of workers, so a stopped run goes on with the same batches. Of several
-    processes (torch.distributed) each trains on its own part of every batch, ``batch_size`` images, and validates with
-    all; they may be started after the stream is made.
+    processes (torch.distributed) each trains on its own part of every batch, ``batch_size`` images; they may be started
+    after the stream is made.
 
     Args:
         root: a folder with one folder of images a class; hidden folders are passed over.
@@ -122,6 +122,12 @@ class Stream:
         for part, members in ((train, ~chosen), (val, chosen)):
             part.paths, part.labels, part.skipped = self.paths[members], self.labels[members], []
         return train, val
+
+    def part(self, rank: int, world: int) -> Stream:
+        """Every ``world``-th image from number ``rank`` on; ``skipped`` is shared."""
+        part = copy.copy(self)
+        part.paths, part.labels = self.paths[rank::world], self.labels[rank::world]
+        return part
 
     def set_epoch(self, epoch: int) -> None:
         """Have the next pass draw the order and augmentation of ``epoch``."""

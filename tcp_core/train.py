@@ -20,7 +20,17 @@ from .channels import Channels
 from .checkpoints import CheckpointError, newest, prepare, write
 from .cost import Budget
 from .images import Images
-from .processes import agree, alone, gathered, plain_batch_norms, rank_and_world, summed, synchronised, together
+from .processes import (
+    agree,
+    alone,
+    gathered,
+    plain_batch_norms,
+    rank_and_world,
+    share_buffers,
+    summed,
+    synchronised,
+    together,
+)
 from .removal import keeping_modes
 from .tailor import Report, Tailor
 from .tracing import trace
@@ -192,8 +202,8 @@ def fit(
         if taken == length:
             _set_random_state(saved["random"][rank], device)
         run.seconds += time.perf_counter() - started
-        measured = evaluate(run.network, val, precision=precision, device=device) if val is not None else {}
-        row = run.end_epoch(measured)
+        share_buffers(run.network)
+        row = run.end_epoch(_validated(run.network, val, precision, device) if val is not None else {})
         if on_epoch is not None:
             on_epoch(row | {"widths": channels.widths(run.open_units)})
     plain_batch_norms(run.trained, classes)
@@ -387,7 +397,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Return ``{"loss", "accuracy"}`` (mean cross-entropy, fraction right) of ``model`` in eval mode on ``images``."""
     _check_precision(precision)
-    device = _device(model, device)
+    return _means(_sums(model, images, batch_size, precision, _device(model, device)))
+
+
+def _sums(model: nn.Module, images: Images | Iterable, batch_size: int, precision: str, device: torch.device) -> list:
+    """Return the sum of losses, the number of images that the model is right about, and that of all."""
     loss, right, seen = 0.0, 0, 0
     with keeping_modes(model):
         model.eval()
@@ -397,9 +411,24 @@ def evaluate(
             loss += float(F.cross_entropy(logits.float(), y, reduction="sum"))
             right += int((logits.argmax(1) == y).sum())
             seen += len(y)
+    return [loss, right, seen]
+
+
+def _means(sums: list) -> dict[str, float]:
+    loss, right, seen = sums
     if not seen:
         raise ValueError("there are no images to evaluate on; give at least one batch.")
     return {"loss": loss / seen, "accuracy": right / seen}
+
+
+@torch.no_grad()
+def _validated(model: nn.Module, val: Images | Iterable, precision: str, device: torch.device) -> dict[str, float]:
+    """Evaluate, each process on its own part of the images; on all of them where they cannot be divided."""
+    rank, world = rank_and_world()
+    if world == 1 or not hasattr(val, "part"):
+        return evaluate(model, val, precision=precision, device=device)
+    sums = _sums(model, val.part(rank, world), 512, precision, device)
+    return _means(summed(torch.tensor(sums, dtype=torch.float64, device=device)).tolist())
 
 
 def warmup_cosine(step: int, steps: int, warmup: float) -> float:

@@ -111,6 +111,10 @@ def job_synchronised(rank, folder):
     return outcome(whole)
 
 
+def job_with_norms(rank, folder):
+    return outcome(train(BATCH, make=with_norms))
+
+
 def job_accumulated(rank, folder):
     return outcome(train(BATCH // 2, accumulate=2))
 
@@ -135,6 +139,11 @@ def test_batch_norms_see_the_batches_of_all_processes(tmp_path):
     one = outcome(train(2 * BATCH, make=with_norms))
     assert first["widths"] == one["widths"]
     torch.testing.assert_close(first, one, rtol=1e-2, atol=1e-3, equal_nan=True)
+
+
+def test_running_statistics_are_the_same_in_all_processes(tmp_path):
+    first, second = run(job_with_norms, tmp_path)
+    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
 
 
 def test_two_processes_add_up_batches(tmp_path):
