@@ -68,7 +68,7 @@ lint: $(INSTALLED) ## style of code and notebooks
 lab: $(INSTALLED) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
-benchmark: $(INSTALLED) ## measure again what the README states (about half an hour; DATA=folder of images for the input pipeline)
+benchmark: $(INSTALLED) ## measure again what the README and docs/scale.md state (about forty minutes; DATA=folder of images for the input pipeline)
 	$(BIN)/python benchmarks/training_step.py --network resnet20 --out $(MEASURED)/training_step_resnet20.json \
 		--widths results/earlier/resnet20-macs50-e15-s0/widths.csv
 	$(BIN)/python benchmarks/training_step.py --network resnet56 --out $(MEASURED)/training_step_resnet56.json \
@@ -77,6 +77,12 @@ benchmark: $(INSTALLED) ## measure again what the README states (about half an h
 		--widths results/earlier/resnet56-macs50-e12-s0/widths.csv --multiple 8
 	$(BIN)/python benchmarks/tracing_time.py --out $(MEASURED)/tracing_time.json
 	$(BIN)/python benchmarks/input_pipeline.py $(if $(DATA),--data "$(DATA)") --out $(MEASURED)/input_pipeline.json
+	$(BIN)/python benchmarks/large_images.py --out $(MEASURED)/large_images.json
+	for precision in fp32 bf16; do \
+		$(BIN)/python benchmarks/run_cost.py --precision $$precision --threads 1 --out $(MEASURED)/run_cost_$${precision}_1_thread.json && \
+		$(BIN)/python benchmarks/run_cost.py --precision $$precision --threads 2 --out $(MEASURED)/run_cost_$${precision}_2_threads.json || exit 1; \
+	done
+	$(BIN)/python benchmarks/scale.py --out $(MEASURED)/scale.json
 	$(BIN)/python benchmarks/zoo_exactness.py --out $(MEASURED)/zoo_exactness.csv
 
 clean: ## remove what the targets made, but for .venv

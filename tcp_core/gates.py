@@ -50,7 +50,8 @@ class Gated(nn.Module):
         super().__init__()
         self.model = model
         self.gate = nn.Parameter(torch.ones(channels.units, device=_device(model)))
-        self.sites = channels.sites
+        # where no unit can ever be closed (a stream behind layer norm), a gate would only copy the weight at every step
+        self.sites = tuple(site for site in channels.sites if not channels.frozen[site.units[site.units >= 0]].all())
         units = torch.cat([site.units for site in self.sites]) if self.sites else torch.zeros(0, dtype=torch.int64)
         self.register_buffer("index", units.to(self.gate.device), persistent=False)
         self.places = _places(model)
