@@ -144,8 +144,8 @@ def fit(
         by_epoch(val, batch_size, "none", None, device)  # refused now rather than after the first epoch
     length = len(batches(0)) // accumulate
     if not length:
-        given = f"{len(batches(0))} batches, and a step takes {accumulate}"
-        raise ValueError(f"there is nothing to train on: {given}; give at least as many.")
+        least = "one batch" if accumulate == 1 else f"{accumulate} batches, which make a step"
+        raise ValueError(f"{len(batches(0))} batches to train on; give at least {least}.")
     steps = epochs * length
     example = next(iter(batches(0)))[0][:2]
     channels = trace(model, example, ignore=tailoring.get("ignore", ()))
