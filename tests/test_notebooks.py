@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
+from PIL import Image
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
@@ -36,3 +38,35 @@ def test_running_every_cell_twice_changes_nothing(tmp_path):
         assert (once / name).read_bytes() == (twice / name).read_bytes()
     test_accuracy = [json.loads((out / "metrics.json").read_text())["test_accuracy"] for out in (once, twice)]
     assert test_accuracy[0] == test_accuracy[1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_one_run_in_two_processes(tmp_path):
+    out = executed("10_run.ipynb", tmp_path, times=1, epochs=8, batch_size=20, processes=2, tensorboard=True)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["largest_gate_removed"], metrics["images_skipped"]) == (0, 0)
+    assert 0.99 < metrics["utilisation"]["macs"] <= 1
+    assert len(list((out / "tensorboard").iterdir())) == 1
+    assert len(list(csv.DictReader((out / "history.csv").open()))) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_on_a_folder_that_is_decoded_while_training(tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "few"
+    for part, count in (("train", 110), ("val", 10)):
+        for label in range(2):
+            place = folder / part / f"class{label}"
+            place.mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 128, (24, 24, 3)) + 127 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{index:03d}.png")
+    (folder / "train" / "class0" / "broken.png").write_bytes(b"no image")
+    sized = {"data": str(folder), "size": 16, "workers": 1, "skip_corrupt": True, "val_images": 21}
+    recipe = {"epochs": 8, "batch_size": 16, "mixing": "mixup", "label_smoothing": 0.1}
+    out = executed("10_run.ipynb", tmp_path, times=1, **sized, **recipe)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["images_skipped"] == 1
+    assert metrics["test_accuracy"] > 0.9
+    assert json.loads((out / "params.json").read_text())["streamed"]
