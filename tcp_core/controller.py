@@ -49,6 +49,8 @@ class Controller:
         lookahead: the share of the phase by which a unit is told ahead of its time; as long as a gate takes to close.
         ramp: the share of the phase, less the look-ahead, in which the schedule goes from the dense cost to the budget.
         min_width: the fewest units that stay in each family.
+        multiple: make every family's width a multiple of this, or leave it whole; kernels like 8. The budget is then
+            used but for what one such block costs.
 
     Attributes:
         strength: how far losing gates move down at each step (lambda).
@@ -68,14 +70,18 @@ class Controller:
         lookahead: float = 0.2,
         ramp: float = 0.4,
         min_width: int = 1,
+        multiple: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.channels, self.cost_model, self.min_width = channels, channels.cost_model, min_width
+        if not isinstance(multiple, int) or multiple < 1:
+            raise ValueError(f"multiple={multiple!r}; it must be an int of at least 1, 1 for widths of any size.")
+        self.channels, self.cost_model = channels, channels.cost_model
+        self.min_width, self.multiple = min_width, multiple
         self.dense = channels.cost()
         self.marginal = self.cost_model.marginal(torch.ones(channels.units))
         self.bounds = Budget.of(budget).resolve(self.dense)
-        self.floor = self.cost_model.exact(required_units(channels, min_width))
-        self._check(channels, steps, phase, lookahead, ramp, min_width)
+        self.floor = self.cost_model.exact(required_units(channels, min_width, multiple))
+        self._check(channels, steps, phase, lookahead, ramp, max(min_width, multiple))
         self.steps = steps
         self.start, self.end = (round(share * steps) for share in phase)
         length = self.end - self.start
@@ -172,9 +178,9 @@ class Controller:
             ahead = self.step_count + self.lookahead
             targets = self.schedule(ahead)
             score = self.score()
-            winning = fill(self.channels, score, targets, self.min_width)
+            winning = fill(self.channels, score, targets, self.min_width, self.multiple)
             self._weigh(self.cost_model.exact(winning), targets)
-            if ahead >= self.end:
+            if ahead >= self.end and self.multiple == 1:
                 winning = tighten(self.channels, winning, score, targets, self.min_width)
             losing = (~winning).to(self.losing.device)
             self.returned += int((self.losing & ~losing & (self.gate == 0)).sum())

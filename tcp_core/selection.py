@@ -15,65 +15,99 @@ from .channels import Channels
 from .cost import CostModel
 
 
-def required_units(channels: Channels, min_width: int) -> Tensor:
-    """Return a smallest set of units that must stay, bool ``[units]``: the unprunable, and ``min_width`` a family."""
+def required_units(channels: Channels, min_width: int, multiple: int = 1) -> Tensor:
+    """Return a smallest set of units that must stay, bool ``[units]``: the unprunable, and ``min_width`` a family.
+
+    With ``multiple``, in each family a multiple of so many units, or all of them.
+    """
     if not isinstance(min_width, int) or min_width < 1:
         raise ValueError(f"min_width must be an int of at least 1, so that no layer empties; got {min_width!r}.")
     required = ~channels.prunable
     for family in channels.families:
-        missing = min_width - int(required[family.units].sum())
+        there = int(required[family.units].sum())
+        missing = -(-max(min_width, there) // multiple) * multiple - there
         if missing > 0:
             required[family.units[~required[family.units]][:missing]] = True
     return required
 
 
-def fill(channels: Channels, score: Tensor, bounds: Mapping[str, float], min_width: int = 1) -> Tensor:
+def fill(
+    channels: Channels, score: Tensor, bounds: Mapping[str, float], min_width: int = 1, multiple: int = 1
+) -> Tensor:
     """Return the units that win, bool ``[units]``: within every bound, and nothing that is left out would still fit.
 
     The ``min_width`` best units of each family come first, then all others from the best ``score`` (float
-    ``[units]``) down; one that does not fit is skipped. ``bounds`` must not be below the cost of
+    ``[units]``) down; one that does not fit is skipped. With ``multiple`` the units of a family win and lose in blocks
+    of so many, by their mean score: its width is a multiple, or what it was. ``bounds`` must not be below the cost of
     :func:`required_units`.
     """
     model = channels.cost_model
     score = score.double().where(channels.prunable, torch.inf)
-    order = score.argsort(descending=True, stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order))
-    first = ~channels.prunable
-    for family in channels.families:
-        first[family.units[place[family.units].argsort()[:min_width]]] = True
+    first, block, worth = _blocks(channels, score, min_width, multiple)
+    by_block = block.argsort(stable=True)
+    order = by_block[worth[block[by_block]].argsort(descending=True, stable=True)]
     order = torch.cat([order[first[order]], order[~first[order]]])
+    ends = torch.cat([(block[order].diff() != 0).nonzero().flatten() + 1, torch.tensor([len(order)])])
 
-    def fits(winning: Tensor) -> bool:
-        cost = model.exact(winning)
-        return all(cost[name] <= bound for name, bound in bounds.items())
+    def head(blocks: int) -> Tensor:
+        winning = torch.zeros_like(first)
+        winning[order[: ends[blocks - 1] if blocks else 0]] = True
+        return winning
 
-    low, high = (
-        int(first.sum()),
-        len(order),
-    )  # the longest head of the order that fits, by bisection: cost grows with it
+    # the longest head of the order that fits, by bisection: cost grows with it
+    low, high = int((ends <= first.sum()).sum()), len(ends)
     while low < high:
         middle = (low + high + 1) // 2
-        winning = torch.zeros_like(first)
-        winning[order[:middle]] = True
-        low, high = (middle, high) if fits(winning) else (low, middle - 1)
-    winning = torch.zeros_like(first)
-    winning[order[:low]] = True
-    return _top_up(model, winning, order[low:], bounds)
+        low, high = (middle, high) if _fits(model, head(middle), bounds) else (low, middle - 1)
+    winning = head(low)
+    rest = order[~winning[order]]
+    return _top_up(model, winning, rest, bounds, block)
 
 
-def _top_up(model: CostModel, winning: Tensor, rest: Tensor, bounds: Mapping[str, float]) -> Tensor:
-    """Return ``winning`` with the first of ``rest`` (unit indices, best first) that still fits added, and so on."""
+def _blocks(channels: Channels, score: Tensor, min_width: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which units must win, bool ``[units]``; the block of each, int64 ``[units]``, named by its best unit; and
+    the mean score of each block, float64, at the place of its name.
+    """
+    place = torch.empty(len(score), dtype=torch.int64)
+    place[score.argsort(descending=True, stable=True)] = torch.arange(len(score))
+    first, block = ~channels.prunable, torch.arange(len(score))
+    for family in channels.families:
+        best = family.units[place[family.units].argsort()]
+        first[best[: -(-min_width // multiple) * multiple]] = True
+        if multiple > 1:
+            block[best] = best[torch.arange(len(best)) // multiple * multiple]
+    if multiple > 1:
+        first = torch.zeros_like(first).index_put_((block[first],), torch.tensor(True))[block]
+    size = torch.bincount(block, minlength=len(score)).clamp(min=1)
+    return first, block, torch.zeros_like(score).index_add_(0, block, score) / size
+
+
+def _fits(model: CostModel, winning: Tensor, bounds: Mapping[str, float]) -> bool:
+    cost = model.exact(winning)
+    return all(cost[name] <= bound for name, bound in bounds.items())
+
+
+def _top_up(
+    model: CostModel, winning: Tensor, rest: Tensor, bounds: Mapping[str, float], block: Tensor | None = None
+) -> Tensor:
+    """Return ``winning`` with the first block of ``rest`` (unit indices, best first) that still fits added, and so on;
+    without ``block`` each unit is one.
+    """
     winning = winning.clone()
     while len(rest):
         cost, extra = model.exact(winning), model.marginal(winning)
-        room = torch.ones(len(rest), dtype=torch.bool)
+        names = rest if block is None else block[rest]
+        room = torch.ones(len(winning), dtype=torch.bool)
         for name, bound in bounds.items():
-            room &= cost[name] + extra[name][rest] <= bound
-        rest = rest[room]  # what does not fit now never will: costs only grow
+            # of a block at least: units that meet in a layer cost more together
+            least = torch.zeros_like(extra[name]).index_add_(0, names, extra[name][rest])
+            room &= cost[name] + least <= bound
+        rest, names = rest[room[names]], names[room[names]]  # what does not fit now never will: costs only grow
         if len(rest):
-            winning[rest[0]] = True
-            rest = rest[1:]
+            more = winning.clone()
+            more[rest[names == names[0]]] = True
+            winning = more if _fits(model, more, bounds) else winning
+            rest = rest[names != names[0]]
     return winning
 
 

@@ -27,7 +27,7 @@ class Tailor(Gated):
         ignore: names or glob patterns of modules whose output channels must all stay.
         min_width: the fewest units that stay in each family.
         channels: the model's trace, if it has been made already.
-        options: further options of :class:`Controller` (``phase``, ``lookahead``, ``ramp``).
+        options: further options of :class:`Controller` (``multiple``, ``phase``, ``lookahead``, ``ramp``).
 
     Raises:
         BudgetError: before any training, if the budget is malformed or below the lowest feasible cost.

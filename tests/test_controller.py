@@ -136,6 +136,27 @@ def test_fill_is_greedy_and_leaves_nothing_that_fits(problem):
     assert torch.equal(winning, expected)
 
 
+@given(problem=problems(), multiple=st.sampled_from([2, 3, 8]))
+@settings(max_examples=300)
+def test_fill_in_multiples_leaves_no_block_that_fits(problem, multiple):
+    name, score, bounds, min_width = problem
+    channels = traced(name)
+    floor = channels.cost(required_units(channels, min_width, multiple))
+    bounds = {key: max(bound, floor[key]) for key, bound in bounds.items()}
+    winning = fill(channels, score, bounds, min_width, multiple)
+    assert within(channels, winning, bounds)
+    assert_allowed(channels, winning, min_width)
+    for family in channels.families:
+        width, inside = int(winning[family.units].sum()), score[family.units][winning[family.units]]
+        assert width % multiple == 0 or width == len(family.units)
+        outside = family.units[~winning[family.units]]
+        if channels.prunable[family.units].all() and len(outside):
+            assert inside.min() >= score[outside].max()
+        best = outside[score[outside].argsort(descending=True, stable=True)][:multiple]
+        more = winning.index_fill(0, best, True)
+        assert not len(best) or not within(channels, more, bounds)
+
+
 @given(problem=problems())
 @example(problem=("residual", torch.zeros(7), {"macs": 15730}, 1))  # room for a unit comes with an exchange
 @settings(max_examples=300)

@@ -132,6 +132,16 @@ def test_options_reach_the_tailor(images):
     assert 0.5 * 96 < result.frozen_at_step <= 0.6 * 96 + 2
 
 
+def test_widths_in_multiples(images):
+    result = run(images, budget={"macs": 0.5}, multiple=4)
+    assert (result.widths["tailored"] % 4 == 0)[result.widths["layer"] != "linear"].all()
+    assert (result.widths["tailored"] < result.widths["dense"]).any()
+    assert 0.8 < result.report["utilisation"]["macs"] <= 1
+    assert result.report["largest_gate_removed"] == 0
+    with pytest.raises(ValueError, match="multiple=0; it must be an int of at least 1"):
+        run(images, budget={"macs": 0.5}, multiple=0)
+
+
 def test_the_learning_rate_starts_anew_where_it_is_told_to(images):
     rates = run(images, budget=None, lr=0.1, warmup=0.0, restart=0.5).history["lr"].tolist()
     assert rates[2] == 0.1  # of the next step, with which the second schedule starts
