@@ -93,7 +93,7 @@ def fit(
 
     Where torch.distributed has been initialised, it is one run over all processes: each trains on its own part of every
     batch, ``batch_size`` images a process, and all end with the same network. Each is given its ``device``; batches
-    that are not ``Images`` must be divided already (a DistributedSampler).
+    that are neither ``Images`` nor a ``Stream`` must be divided already (a DistributedSampler).
 
     SGD with Nesterov momentum; the learning rate rises over the share ``warmup`` of the run and then follows a
     cosine to 0. As soon as the set of units is final, the network is made physically smaller and the same run goes on.
