@@ -208,8 +208,10 @@ def widths_figure(root: str | Path, runs: pd.DataFrame) -> Figure:
     Widths are means over seeds, read from the runs' folders below `root`.
     """
     budgets = runs.groupby("budget", sort=False)
+    names = pd.read_csv(Path(root) / runs["run"].iloc[0] / "widths.csv")["layer"]
     with style():
-        size = (8.4, 1.25 + 1.25 * len(budgets))
+        # long names stand below the lowest panel, at its expense
+        size = (8.4, 1.25 + 1.25 * len(budgets) + 0.12 * max(0, names.str.len().max() - 14))
         fig, panels = plt.subplots(len(budgets), 1, figsize=size, sharex=True, sharey=True, squeeze=False)
         for axes, (budget, rows) in zip(panels[:, 0], budgets, strict=True):
             frames = [pd.read_csv(Path(root) / run / "widths.csv") for run in rows["run"]]
