@@ -43,11 +43,16 @@ def fill(
     """
     model = channels.cost_model
     score = score.double().where(channels.prunable, torch.inf)
-    first, block, worth = _blocks(channels, score, min_width, multiple)
-    by_block = block.argsort(stable=True)
-    order = by_block[worth[block[by_block]].argsort(descending=True, stable=True)]
+    order = score.argsort(descending=True, stable=True)
+    first, block = _blocks(channels, order, min_width, multiple)
+    if block is not None:
+        worth = torch.zeros_like(score).index_add_(0, block, score) / torch.bincount(block, minlength=len(score))
+        order = block.argsort(stable=True)
+        order = order[worth[block[order]].argsort(descending=True, stable=True)]
     order = torch.cat([order[first[order]], order[~first[order]]])
-    ends = torch.cat([(block[order].diff() != 0).nonzero().flatten() + 1, torch.tensor([len(order)])])
+    ends = torch.arange(1, len(order) + 1)
+    if block is not None:
+        ends = ends[torch.cat([block[order].diff() != 0, torch.tensor([True])])]
 
     def head(blocks: int) -> Tensor:
         winning = torch.zeros_like(first)
@@ -64,22 +69,20 @@ def fill(
     return _top_up(model, winning, rest, bounds, block)
 
 
-def _blocks(channels: Channels, score: Tensor, min_width: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which units must win, bool ``[units]``; the block of each, int64 ``[units]``, named by its best unit; and
-    the mean score of each block, float64, at the place of its name.
+def _blocks(channels: Channels, order: Tensor, min_width: int, multiple: int) -> tuple[Tensor, Tensor | None]:
+    """Return which units must win, bool ``[units]``, and the block of each, int64 ``[units]``, named by its best unit;
+    None for the latter where each unit is its own. ``order`` is that of all units, best first.
     """
-    place = torch.empty(len(score), dtype=torch.int64)
-    place[score.argsort(descending=True, stable=True)] = torch.arange(len(score))
-    first, block = ~channels.prunable, torch.arange(len(score))
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    first, block = ~channels.prunable, torch.arange(len(order))
     for family in channels.families:
         best = family.units[place[family.units].argsort()]
         first[best[: -(-min_width // multiple) * multiple]] = True
-        if multiple > 1:
-            block[best] = best[torch.arange(len(best)) // multiple * multiple]
-    if multiple > 1:
-        first = torch.zeros_like(first).index_put_((block[first],), torch.tensor(True))[block]
-    size = torch.bincount(block, minlength=len(score)).clamp(min=1)
-    return first, block, torch.zeros_like(score).index_add_(0, block, score) / size
+        block[best] = best[torch.arange(len(best)) // multiple * multiple]
+    if multiple == 1:
+        return first, None
+    return torch.zeros_like(first).index_fill_(0, block[first], True)[block], block
 
 
 def _fits(model: CostModel, winning: Tensor, bounds: Mapping[str, float]) -> bool:
@@ -93,21 +96,20 @@ def _top_up(
     """Return ``winning`` with the first block of ``rest`` (unit indices, best first) that still fits added, and so on;
     without ``block`` each unit is one.
     """
-    winning = winning.clone()
     while len(rest):
         cost, extra = model.exact(winning), model.marginal(winning)
-        names = rest if block is None else block[rest]
-        room = torch.ones(len(winning), dtype=torch.bool)
+        room = torch.ones(len(rest), dtype=torch.bool)
         for name, bound in bounds.items():
-            # of a block at least: units that meet in a layer cost more together
-            least = torch.zeros_like(extra[name]).index_add_(0, names, extra[name][rest])
+            least = extra[name][rest]
+            if block is not None:  # at least: units of a block that meet in a layer cost more together
+                least = torch.zeros_like(extra[name]).index_add_(0, block[rest], least)[block[rest]]
             room &= cost[name] + least <= bound
-        rest, names = rest[room[names]], names[room[names]]  # what does not fit now never will: costs only grow
+        rest = rest[room]  # what does not fit now never will: costs only grow
         if len(rest):
-            more = winning.clone()
-            more[rest[names == names[0]]] = True
-            winning = more if _fits(model, more, bounds) else winning
-            rest = rest[names != names[0]]
+            together = rest == rest[0] if block is None else block[rest] == block[rest[0]]
+            more = winning.index_fill(0, rest[together], True)
+            winning = more if block is None or _fits(model, more, bounds) else winning
+            rest = rest[~together]
     return winning
 
 
