@@ -150,11 +150,12 @@ def fit(
     example = next(iter(batches(0)))[0][:2]
     channels = trace(model, example, ignore=tailoring.get("ignore", ()))
     pruned = _pruned(model, example, channels, steps, budget, prune, tailoring)
-    recipe = {"epochs": epochs, "steps": steps, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    # the network comes first: where it differs, so do its costs and bounds
+    recipe = {"shapes": {name: list(shape) for name, shape in channels.shapes.items()}}
+    recipe |= {"epochs": epochs, "steps": steps, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     recipe |= {"warmup": warmup, "restart": restart, "label_smoothing": label_smoothing, "augment": augment}
     recipe |= {"mixing": mixing, "accumulate": accumulate, "sync_batch_norm": sync_batch_norm}
     recipe |= {"precision": precision, "seed": seed, "bounds": {} if pruned is None else pruned.report()["bounds"]}
-    recipe["shapes"] = {name: list(shape) for name, shape in channels.shapes.items()}
     agree(recipe)
     saved = _saved(checkpoints, recipe)
     agree({"checkpoint": saved and saved["step"]})  # not if each machine has a folder of its own

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -71,10 +72,9 @@ def job_resumed(rank, folder):
 
 def job_disagree(rank, folder):
     found = []
-    for options in ({"lr": 0.1 + rank}, {"budget": {"macs": 0.4 + 0.1 * rank}}):
-        with pytest.raises(
-            ValueError, match=r"process \d \(.*\) and process \d \(.*\) disagree on (lr|bounds)"
-        ) as caught:
+    others = {"lr": 0.1 + rank}, {"budget": {"macs": 0.4 + 0.1 * rank}}, {"make": partial(network, 12 + rank)}
+    for options, name in zip(others, ("lr", "bounds", "shapes"), strict=True):
+        with pytest.raises(ValueError, match=rf"process \d.* and process \d.* disagree on {name}") as caught:
             train(BATCH, **options)
         found.append(str(caught.value))
     return found
