@@ -22,7 +22,7 @@ help: ## show this list
 		| while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
 # $(call experiments,command,name): the command line of docs/experiments.md, with the places given to make
-experiments = $(BIN)/python -m tcp_core.experiments $(1) "$(2)" $(if $(RUNS),--runs "$(RUNS)") \
+experiments = $(BIN)/python -m tcp_core.study.experiments $(1) "$(2)" $(if $(RUNS),--runs "$(RUNS)") \
 	$(if $(EXPERIMENTS),$(if $(DATA),--data "$(DATA)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")) \
 	$(if $(filter-out all,$(CORES)),--cores $(CORES))
 

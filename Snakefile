@@ -1,12 +1,12 @@
 # Runs, in order, what is left of one declaration; `make study` calls it, docs/experiments.md says how on a cluster.
-# What is done and what is left is decided by tcp_core.experiments alone. The files that Snakemake makes are mere
+# What is done and what is left is decided by tcp_core.study.experiments alone. The files that Snakemake makes are mere
 # marks in build/executed/: it deletes what it is about to make, so it must not own results.
 import shlex
 import sys
 
 from snakemake.exceptions import WorkflowError
 
-from tcp_core.experiments import DeclarationError, read, table
+from tcp_core.study.experiments import DeclarationError, read, table
 
 places = {name: config.get(name) for name in ("data", "weights", "runs")}
 try:
@@ -29,7 +29,7 @@ if workflow.is_main_process:
 
 def command(wildcards):
     options = [f"--{name}={place}" for name, place in places.items() if place]
-    python = [sys.executable, "-m", "tcp_core.experiments", "run", str(study.path), wildcards.key]
+    python = [sys.executable, "-m", "tcp_core.study.experiments", "run", str(study.path), wildcards.key]
     return shlex.join([*python, *options, f"--cores={cores}"])
 
 

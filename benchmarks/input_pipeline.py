@@ -21,14 +21,15 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from tcp_core import data
+from tcp_core.datasets import sources
+from tcp_core.datasets.images import Images
 
 GOAL = 20
 
 
 def write_digits(root: Path) -> None:
     """The digits as JPEG files of 32 x 32 pixels: the folder that is used when none is given."""
-    train, _, test = data.digits()
+    train, _, test = sources.digits()
     for part, images in (("train", train), ("test", test)):
         for name in images.classes:
             (root / part / name).mkdir(parents=True)
@@ -50,9 +51,9 @@ def best_rate(batches: Iterable, *, count: int, repeats: int) -> float:
 
 def measure(root: Path, *, limit: int, batch_size: int, repeats: int, cache: Path) -> dict:
     """Rates in images per second, and how many times the rate of each other one ours is."""
-    train = data.image_folder(root, cache=cache).train
+    train = sources.image_folder(root, cache=cache).train
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:limit]
-    subset = data.Images(train.pixels[order], train.labels[order], train.classes, train.mean, train.std)
+    subset = Images(train.pixels[order], train.labels[order], train.classes, train.mean, train.std)
     transform = transforms.Compose(
         [
             transforms.RandomCrop(train.pixels.shape[2:], padding=4),

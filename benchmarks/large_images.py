@@ -1,4 +1,4 @@
-"""Images per second of `tcp_core.streams.Stream`, beside those of a ResNet-50 training step on the same device.
+"""Images per second of a `Stream`, beside those of a ResNet-50 training step on the same device.
 
 The images are made in a temporary folder: random crops of the two photographs that come with scikit-learn (640 x 427),
 resized to 500 x 375 and saved as JPEG at quality 97. Decoding is what costs, and depends on size and quality.
@@ -23,9 +23,9 @@ from run_cost import Training
 from sklearn.datasets import load_sample_images
 from torchvision import models
 
-from tcp_core.results import environment
-from tcp_core.streams import Stream
-from tcp_core.train import PRECISIONS
+from tcp_core.datasets.streams import Stream
+from tcp_core.study.results import environment
+from tcp_core.training.fit import PRECISIONS
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 97
 

@@ -27,11 +27,11 @@ from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 
 import tcp_core as tcp
-from tcp_core import checkpoints
 from tcp_core.controller import Controller
 from tcp_core.gates import Gated, gated_parameters
 from tcp_core.removal import compare
-from tcp_core.results import environment
+from tcp_core.study.results import environment
+from tcp_core.training import checkpoints
 
 SIZE = 224
 BUDGET = {"macs": 0.5}

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import tcp_core as tcp
 from tcp_core import nets
-from tcp_core.results import environment
+from tcp_core.study.results import environment
 
 PHASE = (0.05, 0.3)
 

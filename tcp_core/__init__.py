@@ -12,7 +12,7 @@ from .removal import RemovalError, remove
 from .storage import FileError, load, save
 from .tailor import Report, Tailor
 from .tracing import trace
-from .train import FitResult, evaluate, fit
+from .training.fit import FitResult, evaluate, fit
 
 __all__ = [
     "Budget",

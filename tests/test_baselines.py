@@ -13,10 +13,13 @@ from random_nets import CLASSES, INPUT_SHAPE, RandomNet, networks
 from torch import nn
 from zoo import counted
 
-from tcp_core import BudgetError, Report, baselines, close, data, fit, nets, results, trace
-from tcp_core.baselines import METHODS, pruner, shrink_scales, start_anew, uniform_l1
+from tcp_core import BudgetError, Report, close, fit, nets, trace
 from tcp_core.controller import Controller
+from tcp_core.datasets import sources
 from tcp_core.gates import Gated
+from tcp_core.study import comparators
+from tcp_core.study.comparators import METHODS, pruner, shrink_scales, start_anew, uniform_l1
+from tcp_core.training import frames
 
 HAS_PEER = importlib.util.find_spec("torch_pruning") is not None
 PEER = pytest.param("torch_pruning", marks=pytest.mark.skipif(not HAS_PEER, reason="torch_pruning not installed"))
@@ -130,7 +133,7 @@ def test_another_seed_another_network(method):
 def test_fit_trains_it(method, at):
     if (method, at) in (("fixed_strength", 0.0), ("small", 0.5)):
         pytest.skip("refused")
-    images = data.digits().train.split(320)[1]
+    images = sources.digits().train.split(320)[1]
     torch.manual_seed(0)
     network = nets.small_resnet(widths=(8, 12, 16))
     prune = pruner(method, {"macs": 0.6}, at=at, train=images, batches=2, batch_size=32)
@@ -141,7 +144,7 @@ def test_fit_trains_it(method, at):
     assert result.history["train_loss"].notna().all()
     assert result.widths["tailored"].sum() < result.widths["dense"].sum()
     if method == "fixed_strength":
-        assert set(results.TRAJECTORY) <= set(result.trajectory)
+        assert set(frames.TRAJECTORY) <= set(result.trajectory)
         assert result.trajectory["step"].is_monotonic_increasing
     else:
         assert result.trajectory.empty
@@ -335,7 +338,7 @@ def test_torch_pruning_is_what_its_own_pruner_makes(name, monkeypatch):
 
 
 def test_fixed_strength_says_where_it_came_by_itself(monkeypatch):
-    monkeypatch.setattr(baselines, "REACH", 0.01)  # the loss's gradient hardly moves a gate
+    monkeypatch.setattr(comparators, "REACH", 0.01)  # the loss's gradient hardly moves a gate
     weak, strong = (pruned("fixed_strength", "small_resnet", {"macs": 0.5}, strength=s)[0] for s in (0.0, 1e6))
     assert weak.cost_before_fill == weak.limits.dense
     assert weak.report()["cost_before_fill"] == weak.cost_before_fill

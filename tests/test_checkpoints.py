@@ -11,8 +11,11 @@ import pandas as pd
 import pytest
 import torch
 
-from tcp_core import baselines, checkpoints, data, fit, nets
-from tcp_core.checkpoints import CheckpointError
+from tcp_core import fit, nets
+from tcp_core.datasets import sources
+from tcp_core.study import comparators
+from tcp_core.training import checkpoints
+from tcp_core.training.checkpoints import CheckpointError
 
 EPOCHS, BATCH = 6, 20  # 96 steps of 320 images; ours is made smaller after about 14
 
@@ -40,7 +43,7 @@ class Batches:
 
 @pytest.fixture(scope="module")
 def images():
-    train, val, _ = data.digits()
+    train, val, _ = sources.digits()
     return train.split(len(train) - 320)[0], val
 
 
@@ -57,7 +60,7 @@ def run(images, folder=None, *, method="tailored", stop=None, every=7, **options
     if method == "tailored":
         options["budget"] = budget
     elif method != "dense":
-        options["prune"] = baselines.pruner(method, budget, train=train, at=0.3, batches=3, batch_size=BATCH)
+        options["prune"] = comparators.pruner(method, budget, train=train, at=0.3, batches=3, batch_size=BATCH)
     torch.manual_seed(1)
     options |= {"checkpoints": folder, "checkpoint_every": every}
     return fit(network(), Batches(train, stop), val, epochs=EPOCHS, **options)
@@ -160,11 +163,12 @@ def test_removing_checkpoints_leaves_other_files(tmp_path):
 
 SCRIPT = """
 import sys, torch
-from tcp_core import data, fit, nets
+from tcp_core import fit, nets
+from tcp_core.datasets import sources
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = nets.small_resnet(widths=(8, 16, 32), blocks=1, num_classes=10, in_channels=1)
-train, val, _ = data.digits()
+train, val, _ = sources.digits()
 print("ready", flush=True)
 options = {"budget": {"macs": 0.4}, "epochs": 12, "batch_size": 64}
 result = fit(model, train, val, **options, checkpoints=sys.argv[1], checkpoint_every=1)

@@ -13,8 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from random_nets import INPUT_SHAPE, RandomNet
 
-from tcp_core import Controller, results, trace
+from tcp_core import Controller, trace
 from tcp_core.controller import fill, required_units, tighten
+from tcp_core.training import frames
 
 CONV4 = ("conv", {"width": 4})
 RECIPES = {  # at most ten units, so that all subsets can be tried
@@ -277,7 +278,7 @@ def test_every_run_ends_frozen_within_a_used_up_budget(setup, seed, spread, drif
 
     rows = controller.trajectory
     assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
-    assert {*rows[-1]} == {*results.TRAJECTORY, "changed"} - {"epoch"}  # fit adds the epoch
+    assert {*rows[-1]} == {*frames.TRAJECTORY, "changed"} - {"epoch"}  # fit adds the epoch
     assert {name: rows[-1][name] for name in controller.dense} == channels.cost(open_units)
     assert rows[-1]["losing"] == rows[-1]["closed"] == int((~open_units).sum())
     assert rows[-1]["step"] <= controller.end + 2

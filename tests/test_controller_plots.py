@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tcp_core import controller_plots as cp
-from tcp_core import results
+from tcp_core.study import controller_plots as cp
+from tcp_core.training import frames
 
 FIVE = (0.15, 0.25, 0.35, 0.5, 0.7)
 
@@ -17,7 +17,7 @@ FIVE = (0.15, 0.25, 0.35, 0.5, 0.7)
 def trajectory(budget, *, end=0.3, changed=True, returned=3):
     share = np.linspace(0.05, end, 60)
     down = np.clip((share - 0.11) / (end - 0.11), 0, 1)
-    frame = pd.DataFrame(0.0, index=range(60), columns=[*results.TRAJECTORY, "share"])
+    frame = pd.DataFrame(0.0, index=range(60), columns=[*frames.TRAJECTORY, "share"])
     frame["share"], frame["step"] = share, 1000 * share
     frame["macs"] = frame["macs_schedule"] = 40_000_000 * budget**down
     frame["strength"] = 0.02 * (1 + np.sin(np.pi * down))

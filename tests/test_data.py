@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tcp_core import data
-from tcp_core.images import crop_and_flip
+from tcp_core.datasets import sources
+from tcp_core.datasets.images import Images, crop_and_flip
 
 
 def some_images(count=23, channels=3, height=6, width=5, classes=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return data.Images(
+    return Images(
         torch.randint(0, 256, (count, channels, height, width), generator=generator).byte(),
         torch.randint(0, classes, (count,), generator=generator),
         tuple(f"class {index}" for index in range(classes)),
@@ -205,7 +205,7 @@ def test_augmented_images_take_all_places_equally_often(augment):
     # One bright pixel amid dark ones; where it goes tells the shift and the flip.
     pixels = torch.zeros(20_000, 1, 9, 9, dtype=torch.uint8)
     pixels[:, :, 4, 3] = 255
-    images = data.Images(pixels, torch.zeros(20_000).long(), ("one",), (0.0,), (1.0,))
+    images = Images(pixels, torch.zeros(20_000).long(), ("one",), (0.0,), (1.0,))
     x, _ = everything(images, batch_size=5_000, augment=augment, padding=1)
     seen = x.sum(0)[0].round()
     columns = [2, 3, 4] if augment == "crop" else [2, 3, 4, 4, 5, 6]
@@ -259,7 +259,7 @@ def test_impossible_batches_are_refused(wrong, message):
 
 
 def test_digits_are_all_there_once_and_stratified():
-    parts = data.load("digits")
+    parts = sources.load("digits")
     assert [len(part) for part in parts] == [1257, 180, 360]
     assert all(part.pixels.shape[1:] == (1, 8, 8) for part in parts)
     from sklearn.datasets import load_digits
@@ -273,7 +273,7 @@ def test_digits_are_all_there_once_and_stratified():
 
 
 def test_training_statistics_normalise_the_training_images_and_serve_all_parts():
-    train, val, test = data.digits()
+    train, val, test = sources.digits()
     x, _ = everything(train)
     assert x.mean().item() == pytest.approx(0, abs=1e-5)
     assert x.std().item() == pytest.approx(1, abs=1e-3)
@@ -282,7 +282,7 @@ def test_training_statistics_normalise_the_training_images_and_serve_all_parts()
 
 
 def test_statistics_can_be_given(folder):
-    train, _, test = data.load(folder, **data.IMAGENET_STATISTICS)
+    train, _, test = sources.load(folder, **sources.IMAGENET_STATISTICS)
     assert train.mean == test.mean == (0.485, 0.456, 0.406)
     assert train.std == test.std == (0.229, 0.224, 0.225)
 
@@ -291,7 +291,7 @@ def test_images_of_one_colour_are_not_divided_by_zero(tmp_path):
     for part in ("train", "test"):
         (tmp_path / part / "gray").mkdir(parents=True)
         Image.new("RGB", (4, 4), (0, 0, 0)).save(tmp_path / part / "gray" / "0.png")
-    assert data.image_folder(tmp_path).train.std == (1.0, 1.0, 1.0)
+    assert sources.image_folder(tmp_path).train.std == (1.0, 1.0, 1.0)
 
 
 def test_cifar10_comes_in_torchvisions_format(monkeypatch, tmp_path):
@@ -304,7 +304,7 @@ def test_cifar10_comes_in_torchvisions_format(monkeypatch, tmp_path):
             self.classes = [str(index) for index in range(10)]
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Stub)
-    train, val, test = data.load("cifar10", root=tmp_path, download=True)
+    train, val, test = sources.load("cifar10", root=tmp_path, download=True)
     assert val is None
     assert train.classes == tuple("0123456789")
     for images, seed in ((train, True), (test, False)):
@@ -313,24 +313,24 @@ def test_cifar10_comes_in_torchvisions_format(monkeypatch, tmp_path):
         assert images.labels.tolist() == [3, 1, 4, 1, 5, 9]
 
     (tmp_path / "cifar-10-batches-py").mkdir()
-    assert data.load(str(tmp_path)).test.pixels.equal(test.pixels)  # the folder says what it is
+    assert sources.load(str(tmp_path)).test.pixels.equal(test.pixels)  # the folder says what it is
 
 
 def test_absent_cifar10_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path}.*pass download=True"):
-        data.load("cifar10", root=tmp_path)
+        sources.load("cifar10", root=tmp_path)
 
 
 def test_cifar10_without_root_is_refused():
     with pytest.raises(ValueError, match="cifar10 needs root"):
-        data.load("cifar10")
+        sources.load("cifar10")
 
 
 # Image folders
 
 
 def test_folder_gives_its_images_in_order_of_class_and_name(folder):
-    train, val, test = data.load(str(folder))
+    train, val, test = sources.load(str(folder))
     assert val is None
     assert train.classes == test.classes == ("cat", "dog")
     for images, seed in ((train, 1), (test, 2)):
@@ -342,7 +342,7 @@ def test_folder_gives_its_images_in_order_of_class_and_name(folder):
 
 def test_folder_may_have_val_and_test(folder):
     save_images(folder / "val", count=1)
-    parts = data.load(folder)
+    parts = sources.load(folder)
     assert [len(part) for part in parts] == [6, 2, 6]
 
 
@@ -352,7 +352,7 @@ def test_folder_finds_images_in_subfolders_and_passes_over_other_files(folder):
     os.rename(folder / "train" / "cat" / "0.png", deeper / "a.PNG")
     (folder / "train" / "cat" / "boxes.txt").write_text("not an image")
     (folder / "train" / ".hidden").mkdir()
-    train = data.load(folder).train
+    train = sources.load(folder).train
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
@@ -361,7 +361,7 @@ def test_gray_and_palette_images_become_rgb(folder):
     gray = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     gray.save(path)
     gray.convert("P").save(folder / "train" / "cat" / "1.png")
-    pixels = data.load(folder).train.pixels[:2]
+    pixels = sources.load(folder).train.pixels[:2]
     assert torch.equal(pixels, torch.arange(64).byte().view(1, 1, 8, 8).expand(2, 3, 8, 8))
 
 
@@ -370,16 +370,16 @@ def test_size_resizes_and_crops_at_the_centre(folder, size, expected):
     wide = np.zeros((8, 24, 3), dtype=np.uint8)
     wide[:, 8:16] = 200  # covers a centred square, and more than a 6 x 4 crop
     Image.fromarray(wide).save(folder / "train" / "cat" / "0.png")
-    train = data.load(folder, size=size).train
+    train = sources.load(folder, size=size).train
     assert train.pixels.shape[2:] == expected
     assert (train.pixels[0, :, :, 1:-1].float() - 200).abs().max() < 25
 
 
 def test_second_start_reads_the_cache_alone(folder, cache, monkeypatch):
-    first = data.load(folder)
+    first = sources.load(folder)
     assert len(list(cache.iterdir())) == 2
-    monkeypatch.setattr(data, "_decode", None)
-    second = data.load(folder)
+    monkeypatch.setattr(sources, "_decode", None)
+    second = sources.load(folder)
     for before, after in zip(first, second, strict=True):
         assert (before is None) == (after is None)
         if before is not None:
@@ -393,14 +393,14 @@ def test_second_start_reads_the_cache_alone(folder, cache, monkeypatch):
 
 
 def test_cache_folder_can_be_given(folder, cache, tmp_path):
-    data.load(folder, cache=tmp_path / "elsewhere" / "deep")
+    sources.load(folder, cache=tmp_path / "elsewhere" / "deep")
     assert len(list((tmp_path / "elsewhere" / "deep").iterdir())) == 2
     assert not cache.exists()
 
 
 @pytest.mark.parametrize("change", ["content", "added", "renamed"])
 def test_changed_files_are_decoded_again(folder, cache, change):
-    before = data.load(folder).train
+    before = sources.load(folder).train
     path = folder / "train" / "cat" / "1.png"
     if change == "content":
         Image.new("RGB", (8, 8)).save(path)
@@ -408,38 +408,38 @@ def test_changed_files_are_decoded_again(folder, cache, change):
         Image.new("RGB", (8, 8)).save(path.with_name("9.png"))
     else:
         path.rename(folder / "train" / "dog" / "9.png")
-    after = data.load(folder).train
+    after = sources.load(folder).train
     assert not (torch.equal(before.pixels, after.pixels) and torch.equal(before.labels, after.labels))
     # the old file is replaced, not kept beside the new one
     assert len(list(cache.iterdir())) == 2
 
 
 def test_sizes_are_cached_apart(folder):
-    assert data.load(folder).train.pixels.shape[2:] == (8, 8)
-    assert data.load(folder, size=4).train.pixels.shape[2:] == (4, 4)
-    assert data.load(folder).train.pixels.shape[2:] == (8, 8)
+    assert sources.load(folder).train.pixels.shape[2:] == (8, 8)
+    assert sources.load(folder, size=4).train.pixels.shape[2:] == (4, 4)
+    assert sources.load(folder).train.pixels.shape[2:] == (8, 8)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a cache file", None])
 def test_broken_cache_file_is_reported_and_made_again(folder, cache, content):
-    before = data.load(folder).train
+    before = sources.load(folder).train
     for path in cache.iterdir():
         path.write_bytes(path.read_bytes()[:200] if content is None else content)
     with pytest.warns(UserWarning, match=r"cache file .* is unreadable and is made again"):
-        after = data.load(folder).train
+        after = sources.load(folder).train
     assert torch.equal(before.pixels, after.pixels)
-    data.load(folder)  # warns no more
+    sources.load(folder)  # warns no more
 
 
 def test_cache_that_cannot_be_written_is_reported(folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.warns(UserWarning, match=r"could not keep the decoded images .*TCP_CACHE"):
-        data.load(folder, cache=tmp_path / "file" / "cache")
+        sources.load(folder, cache=tmp_path / "file" / "cache")
 
 
 def test_missing_folder_is_refused_with_the_known_names(tmp_path):
     with pytest.raises(FileNotFoundError, match='no folder .*cifra10; .* "digits", "cifar10"'):
-        data.load(tmp_path / "cifra10")
+        sources.load(tmp_path / "cifra10")
 
 
 @pytest.mark.parametrize(("parts", "found"), [((), "none"), (("train",), "train"), (("val", "test"), "val, test")])
@@ -447,26 +447,26 @@ def test_folder_without_the_parts_is_refused(tmp_path, parts, found):
     for part in parts:
         save_images(tmp_path / part)
     with pytest.raises(FileNotFoundError, match=f"has {found} of the folders .*it needs train"):
-        data.load(tmp_path)
+        sources.load(tmp_path)
 
 
 def test_empty_part_is_refused(folder):
     (folder / "val").mkdir()
     with pytest.raises(FileNotFoundError, match=r"val is empty; it must hold one folder"):
-        data.load(folder)
+        sources.load(folder)
 
 
 def test_empty_class_is_refused(folder):
     for part in ("train", "test"):
         (folder / part / "cow").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no image in .*cow; every class needs"):
-        data.load(folder)
+        sources.load(folder)
 
 
 def test_differing_classes_are_refused(folder):
     (folder / "test" / "dog").rename(folder / "test" / "wolf")
     with pytest.raises(ValueError, match=r"train and .*test must have .* dog, wolf"):
-        data.load(folder)
+        sources.load(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", None])
@@ -474,18 +474,18 @@ def test_unreadable_image_is_refused_by_its_path(folder, cache, content):
     path = folder / "train" / "dog" / "1.png"
     path.write_bytes(path.read_bytes()[:100] if content is None else content)
     with pytest.raises(ValueError, match=r"dog/1\.png cannot be read as an image"):
-        data.load(folder)
+        sources.load(folder)
     assert not cache.exists()
 
 
 def test_images_of_several_sizes_are_refused_without_size(folder):
     Image.new("RGB", (9, 7)).save(folder / "train" / "dog" / "2.png")
     with pytest.raises(ValueError, match=r"dog/2\.png has height x width 7 x 9, .* pass size"):
-        data.load(folder)
-    assert data.load(folder, size=8).train.pixels.shape == (6, 3, 8, 8)
+        sources.load(folder)
+    assert sources.load(folder, size=8).train.pixels.shape == (6, 3, 8, 8)
 
 
 def test_parts_of_several_sizes_are_refused_without_size(folder):
     save_images(folder / "val", size=(8, 9))
     with pytest.raises(ValueError, match=r"differ in height and width: .*\(8, 9\).* pass size"):
-        data.load(folder)
+        sources.load(folder)

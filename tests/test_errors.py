@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from zoo import counted
 
-from tcp_core import Budget, BudgetError, Tailor, close, data, evaluate, fit, nets, remove, trace
+from tcp_core import Budget, BudgetError, Tailor, close, evaluate, fit, nets, remove, trace
+from tcp_core.datasets import sources
 
 STEPS = 96
 
@@ -429,7 +430,7 @@ def test_epochs_that_are_no_number_of_epochs(model, batches, epochs):
 
 
 def test_a_batch_larger_than_the_data(model):
-    images = data.digits().val
+    images = sources.digits().val
     with pytest.raises(ValueError, match=r"batch_size=181 is larger than the 180 training images; give a smaller one"):
         fit(model, images, budget=None, epochs=1, batch_size=181)
 
@@ -457,4 +458,4 @@ def test_a_run_too_short_to_tailor_in(model, batches):
 
 def test_an_unknown_augmentation(model):
     with pytest.raises(ValueError, match=r"augment='mixup'; it must be one of none, crop, crop_flip"):
-        fit(model, data.digits().val, budget=None, epochs=1, augment="mixup")
+        fit(model, sources.digits().val, budget=None, epochs=1, augment="mixup")

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from tcp_core import baselines, estimate, experiments, nets, places
-from tcp_core.declaration import DeclarationError, read
+from tcp_core import nets
+from tcp_core.study import comparators, estimate, experiments, places
+from tcp_core.study.declaration import DeclarationError, read
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = """
@@ -411,7 +412,7 @@ def test_a_measured_step():
 
 
 def command(path, name, *options):
-    return [sys.executable, "-m", "tcp_core.experiments", name, str(path), *options]
+    return [sys.executable, "-m", "tcp_core.study.experiments", name, str(path), *options]
 
 
 def run(path, name, *options):
@@ -456,7 +457,7 @@ def test_status_and_list(project, capsys):
 
 def test_runs_of_a_peer_that_is_not_installed_are_skipped(project, capsys, monkeypatch):
     path = project(declared("a: {grid: {method: [torch_pruning, taylor], macs: [0.5]}}"))
-    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(comparators.importlib.util, "find_spec", lambda name: None)
     declaration = read(path)
     assert list(declaration.todo()) == ["a/taylor-macs0.5"]
     experiments.main(["list", str(path), "--cores", "1"])

@@ -8,7 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tcp_core import baselines, data, nets, trace
+from tcp_core import nets, trace
+from tcp_core.datasets import sources
+from tcp_core.study import comparators
 
 # name: parameters, macs, and both as papers print them, in millions
 COUNTS = {
@@ -94,7 +96,7 @@ def test_large_networks_are_rebuilt_with_fewer_channels(name):
     channels = trace(model, x)
     assert channels.cost()["macs"] == macs(model, 3, 32, 32)
     assert not channels.unknown
-    small = baselines.pruner("small", {"macs": 0.5})(model, channels, 100)
+    small = comparators.pruner("small", {"macs": 0.5})(model, channels, 100)
     assert 0.97 < small.report()["utilisation"]["macs"] <= 1
     assert small.model(x).shape == (2, 10)
     assert macs(small.model, 3, 32, 32) == small.report()["current"]["macs"]
@@ -159,7 +161,7 @@ def test_weights_start_as_he_et_al_2015_draw_them(name):
 
 
 def test_small_resnet_learns_digits_in_seconds():
-    train, val, _ = data.digits()
+    train, val, _ = sources.digits()
     model = nets.small_resnet(widths=(8, 16, 32))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for epoch in range(3):

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from tcp_core import plots, results, trace
+from tcp_core import trace
+from tcp_core.training import frames, plots
 
 DENSE = {"macs": 40_000_000, "params": 270_000}
 
 
 def trajectory(steps=30):
     down = np.clip(np.linspace(-0.2, 1.2, steps), 0, 1)
-    frame = pd.DataFrame(0.0, index=range(steps), columns=list(results.TRAJECTORY))
+    frame = pd.DataFrame(0.0, index=range(steps), columns=list(frames.TRAJECTORY))
     frame["epoch"] = np.linspace(0.2, 6, steps)
     frame["macs"] = frame["macs_schedule"] = DENSE["macs"] * (1 - 0.5 * down)
     frame["params"] = DENSE["params"] * (1 - 0.3 * down)
@@ -23,7 +24,7 @@ def trajectory(steps=30):
 
 
 def history(epochs=5):
-    frame = pd.DataFrame(0.5, index=range(epochs), columns=list(results.HISTORY))
+    frame = pd.DataFrame(0.5, index=range(epochs), columns=list(frames.HISTORY))
     return frame.assign(epoch=range(1, epochs + 1))
 
 

@@ -12,7 +12,9 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
-from tcp_core import data, fit, nets, processes
+from tcp_core import fit, nets
+from tcp_core.datasets import sources
+from tcp_core.training import processes
 
 EPOCHS, BATCH = 6, 20
 
@@ -27,7 +29,7 @@ def network(width=12):
 
 
 def images():
-    train, val, _ = data.digits()
+    train, val, _ = sources.digits()
     return train.split(len(train) - 640)[0], val
 
 
@@ -194,10 +196,12 @@ def test_a_process_that_fails_is_told_of():
 SCRIPT = """
 import pathlib
 import torch
-from tcp_core import data, fit, nets, processes
+from tcp_core import fit, nets
+from tcp_core.datasets import sources
+from tcp_core.training import processes
 torch.manual_seed(0)
 device = processes.join()
-train, val, _ = data.digits()
+train, val, _ = sources.digits()
 result = fit(
     nets.small_resnet(widths=(4, 8, 12)), train.split(len(train) - 640)[0], val,
     budget={"macs": 0.4}, epochs=6, batch_size=20, device=device,
@@ -232,7 +236,7 @@ def test_launched_from_outside(tmp_path, command):
 
 
 def test_the_parts_of_a_batch_are_the_batch():
-    images = data.digits().train
+    images = sources.digits().train
     options = {"shuffle": True, "augment": "crop", "seed": 3, "epoch": 2, "drop_last": True}
     parts = [images.batches(10, **options, part=(rank, 3)) for rank in range(3)]
     whole = images.batches(30, **options)

@@ -15,8 +15,10 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The core, in reading order: each part, a file or a folder, imports only parts that stand before it.
-CORE = ("cost", "channels", "gates", "removal", "tracing", "selection", "controller", "tailor")
+# The core, in reading order: each part, a file or a folder, imports only parts that stand before it. What surrounds the
+# core follows in the same manner: a package imports the core and the packages before it, never what comes after.
+CORE = ("cost", "channels", "gates", "removal", "tracing", "selection", "controller", "tailor", "storage", "nets")
+AROUND = ("datasets", "training", "study")
 
 
 def imported(tree, package="tcp_core"):
@@ -42,15 +44,23 @@ def imported(tree, package="tcp_core"):
     return found
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_core_imports_only_what_stands_before_it(name):
+def test_every_part_is_in_the_reading_order():
+    parts = {
+        path.stem for path in (ROOT / "tcp_core").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert parts - {"__init__"} == {*CORE, *AROUND}
+
+
+@pytest.mark.parametrize("name", CORE + AROUND)
+def test_a_part_imports_only_what_stands_before_it(name):
+    order = CORE + AROUND
     folder = ROOT / "tcp_core" / name
-    files = sorted(folder.glob("*.py")) or [folder.with_suffix(".py")]
+    files = sorted(folder.rglob("*.py")) or [folder.with_suffix(".py")]
     package, own = (f"tcp_core.{name}", {name}) if folder.is_dir() else ("tcp_core", set())
     for path in files:
-        assert path.exists(), f"the core file {path.name} is missing"
-        wrong = imported(ast.parse(path.read_text()), package) - own - set(CORE[: CORE.index(name)])
-        assert not wrong, f"{name}: {path.name} imports {sorted(wrong)}, not before it in {CORE}"
+        assert path.exists(), f"{path.name} is missing"
+        wrong = imported(ast.parse(path.read_text()), package) - own - set(order[: order.index(name)])
+        assert not wrong, f"{name}: {path.name} imports {sorted(wrong)}, not before it in {order}"
 
 
 @pytest.mark.parametrize(
@@ -61,12 +71,12 @@ def test_core_imports_only_what_stands_before_it(name):
         ("from tcp_core import fit, cost", "tcp_core", {"fit", "cost"}),
         ("from .cost import Budget", "tcp_core", {"cost"}),
         ("from . import cost", "tcp_core", {"cost"}),
-        ("def late():\n    from tcp_core.plots import style", "tcp_core", {"plots"}),
+        ("def late():\n    from tcp_core.training.plots import style", "tcp_core", {"training"}),
         ("from torch import nn", "tcp_core", set()),
         ("from . import units", "tcp_core.tracing", {"tracing"}),
         ("from .units import Units", "tcp_core.tracing", {"tracing"}),
-        ("from .. import plots", "tcp_core.tracing", {"plots"}),
-        ("from ..plots import style", "tcp_core.tracing", {"plots"}),
+        ("from .. import study", "tcp_core.tracing", {"study"}),
+        ("from ..study.tables import study", "tcp_core.training", {"study"}),
     ],
 )
 def test_every_kind_of_import_is_seen(line, package, parts):

@@ -13,8 +13,8 @@ from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from tcp_core import study_plots, tables
-from tcp_core.published import main, trim
+from tcp_core.study import study_plots, tables
+from tcp_core.study.published import main, trim
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURE = ROOT / "tests" / "fixtures" / "runs"

@@ -7,13 +7,14 @@ import pandas as pd
 import pytest
 import torch
 
-from tcp_core import checkpoints, results
+from tcp_core.study import results
+from tcp_core.training import checkpoints, frames
 
 
 @pytest.fixture
 def history():
     rows = [[1, 0.1, 2.0, 0.25, 1.75, 1 / 3, 12.5, 1000, 100, 40, 0.0]]
-    return pd.DataFrame(rows, columns=list(results.HISTORY))
+    return pd.DataFrame(rows, columns=list(frames.HISTORY))
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_csv_is_the_same_text_everywhere(tmp_path, history, metrics):
     out = results.start_run(tmp_path, {})
     results.finish_run(out, history=history, metrics=metrics)
     header, row = (out / "history.csv").read_bytes().decode().removesuffix("\n").split("\n")
-    assert header == ",".join(results.HISTORY)
+    assert header == ",".join(frames.HISTORY)
     assert row == "1,0.1,2,0.25,1.75,0.3333333333,12.5,1000,100,40,0"
 
 

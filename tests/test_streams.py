@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tcp_core import data, fit, nets, streams
-from tcp_core.images import Images
-from tcp_core.streams import Stream
+from tcp_core import fit, nets
+from tcp_core.datasets import sources, streams
+from tcp_core.datasets.images import Images
+from tcp_core.datasets.streams import Stream
 
 
 def save_images(folder, *, count=24, classes=("cat", "dog"), suffix=".png", sides=(20, 60)):
@@ -169,7 +170,7 @@ def test_load_gives_the_parts_of_an_image_folder(tmp_path, monkeypatch, held_out
     monkeypatch.setattr(streams.ImageFolder, "make_dataset", staticmethod(make_dataset))
     options = {"size": 16, "batch_size": 4, "workers": 0, "seed": 3, "skip_corrupt": True}
     splits = streams.load(str(tmp_path), **options, val_images=2)
-    assert isinstance(splits, data.Splits)
+    assert isinstance(splits, sources.Splits)
     assert scanned == [str(tmp_path / part) for part in ("train", *held_out)]  # each once
     assert [len(part.labels) for part in splits] == ([20, 6, 4] if len(held_out) == 2 else [18, 2, 6])
     assert [part.train for part in splits] == [True, False, False]
@@ -196,7 +197,7 @@ def test_load_refuses_wrong_folders_before_it_lists_files(tmp_path, monkeypatch)
         streams.load(tmp_path)
 
 
-def test_processes_started_after_the_stream_share_every_batch(whole, monkeypatch):
+def test_processes_share_every_batch(whole):
     """Each of three takes 4 images of what one process would take as a batch of 12; all validate with all."""
     one = list(stream(whole, train=True, batch_size=12))
     train, val = stream(whole, train=True, batch_size=4), stream(whole)
@@ -204,9 +205,8 @@ def test_processes_started_after_the_stream_share_every_batch(whole, monkeypatch
     assert len(train) == 10
     parts = []
     for rank in range(3):
-        monkeypatch.setattr(streams, "rank_and_world", lambda rank=rank: (rank, 3))
-        ours = pickle.loads(pickle.dumps(train))  # as a process that is spawned gets it
-        assert len(ours) == len(train) == 3
+        ours = pickle.loads(pickle.dumps(train)).among(rank, 3)  # as a process that is spawned gets it
+        assert len(ours) == 3
         parts.append(list(ours))
         assert len(val) == 8
         assert torch.cat([x for x, _ in val]).equal(images)

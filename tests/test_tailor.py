@@ -13,7 +13,8 @@ from random_nets import CLASSES, INPUT_SHAPE, RandomNet
 from torch import nn
 from zoo import counted
 
-from tcp_core import RemovalError, Report, Tailor, close, data, evaluate, nets, trace
+from tcp_core import RemovalError, Report, Tailor, close, evaluate, nets, trace
+from tcp_core.datasets import sources
 from tcp_core.removal import take
 
 STEPS = 96  # about the fewest with default options; the set is frozen at about step 14
@@ -28,7 +29,7 @@ RECIPES = {
 
 @functools.cache
 def digits():
-    return next(iter(data.digits().train.batches(32, shuffle=True)))
+    return next(iter(sources.digits().train.batches(32, shuffle=True)))
 
 
 def built(name, seed=0):

@@ -11,8 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from zoo import counted
 
-from tcp_core import BudgetError, Tailor, batches, data, evaluate, fit, nets, results
-from tcp_core.train import warmup_cosine
+from tcp_core import BudgetError, Tailor, evaluate, fit, nets
+from tcp_core.datasets import sources
+from tcp_core.study import results
+from tcp_core.training import batches, frames
+from tcp_core.training.fit import warmup_cosine
 
 EPOCHS, BATCH = 6, 20  # 96 steps with 320 images, about the fewest that tailoring takes
 
@@ -20,7 +23,7 @@ EPOCHS, BATCH = 6, 20  # 96 steps with 320 images, about the fewest that tailori
 @pytest.fixture(scope="module")
 def images():
     """(train, val) of 320 and 180 digits."""
-    splits = data.digits()
+    splits = sources.digits()
     return splits.train.split(320)[1], splits.val
 
 
@@ -61,7 +64,7 @@ def test_a_tailored_run_and_its_tables(images):
     widths = [row.pop("widths") for row in rows]
     assert widths[-1] == result.widths.set_index("layer")["tailored"].to_dict()
     history = result.history
-    assert tuple(history) == results.HISTORY
+    assert tuple(history) == frames.HISTORY
     assert history.to_dict("records") == rows
     assert list(history["epoch"]) == [*range(1, EPOCHS + 1)]
     assert list(history["macs"]) == sorted(history["macs"], reverse=True)
@@ -76,7 +79,7 @@ def test_a_tailored_run_and_its_tables(images):
     )
 
     trajectory = result.trajectory
-    assert tuple(trajectory) == (*results.TRAJECTORY, "changed")
+    assert tuple(trajectory) == (*frames.TRAJECTORY, "changed")
     assert trajectory["step"].is_monotonic_increasing
     assert trajectory["epoch"].tolist() == pytest.approx((trajectory["step"] / 16).tolist())
     assert trajectory.iloc[0][["macs", "params"]].to_dict() == dense
@@ -85,7 +88,7 @@ def test_a_tailored_run_and_its_tables(images):
     assert trajectory["closed"].iloc[-1] == trajectory["losing"].iloc[-1] > 0
 
     widths = result.widths
-    assert tuple(widths) == results.WIDTHS
+    assert tuple(widths) == frames.WIDTHS
     assert widths["layer"].tolist()[0] == "conv1"
     assert widths["layer"].tolist()[-1] == "linear"
     for name, model in (("dense", network()), ("tailored", result.model)):
@@ -173,7 +176,7 @@ def test_without_a_budget_the_dense_network_is_trained_in_place(images):
     assert result.report == {}
     assert result.trajectory.empty
     assert result.frozen_at_step is None
-    assert tuple(result.history) == results.HISTORY
+    assert tuple(result.history) == frames.HISTORY
     assert (result.history["macs"] == counted(model, torch.zeros(1, 1, 8, 8))["macs"]).all()
     assert (result.history["strength"] == 0).all()
     assert result.widths["tailored"].equals(result.widths["dense"])
@@ -386,7 +389,7 @@ def test_networks_of_other_tasks_of_one_dimension():
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.2])
 def test_tailored_networks_learn_the_digits(share):
-    splits = data.digits()
+    splits = sources.digits()
     torch.manual_seed(0)
     model = nets.small_resnet(widths=(16, 32, 64))
     result = fit(model, splits.train, splits.val, budget={"macs": share}, epochs=15, batch_size=32, augment="crop")

@@ -14,8 +14,9 @@ from papermill.clientwrap import PapermillNotebookClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from tcp_core import trace, watching
-from tcp_core.watching import Watch
+from tcp_core import trace
+from tcp_core.training import watching
+from tcp_core.training.watching import Watch
 
 EPOCHS, STEPS = 4, 10
 ROWS = [f"epoch   {epoch}/{EPOCHS}  lr 0.100" for epoch in range(1, EPOCHS + 1)]
@@ -227,8 +228,8 @@ def test_a_notebook_shows_bar_and_curves_to_somebody_and_rows_to_papermill():
     assert issubclass(PapermillNotebookClient, NotebookClient)  # as is nbconvert's
     run = f"""
 import torch, tcp_core as tcp
-from tcp_core.images import Images
-from tcp_core.watching import Watch
+from tcp_core.datasets.images import Images
+from tcp_core.training.watching import Watch
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 10))
 images = Images(torch.zeros(20, 1, 4, 4, dtype=torch.uint8), torch.arange(20) % 10, list("0123456789"), (0,), (1,))
 with Watch(tcp.trace(model, torch.rand(2, 1, 4, 4)), epochs={EPOCHS}) as watch:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from .images import Images
+from ..datasets.images import Images
+from ..datasets.streams import Stream
 from .processes import rank_and_world
 
 MIXING = {"none": None, "mixup": v2.MixUp, "cutmix": v2.CutMix}
@@ -31,6 +32,9 @@ def by_epoch(images: Images | Iterable, batch_size: int, augment: str, seed: int
         raise ValueError(
             "batches must come from an iterable with a length, such as a DataLoader, so that steps can be planned."
         )
+
+    if isinstance(images, Stream):
+        images = images.among(*rank_and_world())
 
     class Moved:
         def __len__(self) -> int:

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from tcp_core.published import ARCHITECTURES
-from tcp_core.results import read_runs
+from .published import ARCHITECTURES
+from .results import read_runs
 
 METHODS = {
     "dense": "dense",

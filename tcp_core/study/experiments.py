@@ -1,7 +1,7 @@
 """Declared experiments on the command line: what they are, how far they are, and one run executed.
 
-`python -m tcp_core.experiments --help` lists the commands; `make study` and the Snakefile call them. The declarations
-themselves are read by `tcp_core.declaration`.
+`python -m tcp_core.study.experiments --help` lists the commands; `make study` and the Snakefile call them. The
+declarations themselves are read by `tcp_core.study.declaration`.
 """
 
 import argparse
@@ -175,7 +175,7 @@ def study(path: Path, options: Sequence[str], snakemake: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Obey the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tcp_core.experiments", description="Declared experiments.")
+    parser = argparse.ArgumentParser(prog="python -m tcp_core.study.experiments", description="Declared experiments.")
     help = "check: is it right; list: all runs; status: how far it is; estimate: hours of all runs on this device, "
     help += "measured; study: do what is left; run: do one run"
     parser.add_argument("command", choices=("check", "list", "status", "estimate", "study", "run"), help=help)

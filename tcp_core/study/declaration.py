@@ -20,14 +20,17 @@ import nbformat
 import torch
 import yaml
 
-from . import baselines, batches, images, nets, places, results, train
-from .controller import Controller
-from .tracing import trace
+from .. import nets
+from ..controller import Controller
+from ..datasets import images
+from ..tracing import trace
+from ..training import batches, fit
+from . import comparators, places, results
 
 ALLOWED = {
     "network": tuple(sorted(nets.NETWORKS)),
-    "method": ("tailored", "dense", *baselines.METHODS),
-    "precision": tuple(train.PRECISIONS),
+    "method": ("tailored", "dense", *comparators.METHODS),
+    "precision": tuple(fit.PRECISIONS),
     "augment": images.AUGMENTATIONS,
     "mixing": tuple(batches.MIXING),
 }
@@ -358,9 +361,9 @@ class _Reader:
         if run.is_done():
             for text in run.disagreements():
                 self.say(run.key, text)
-        elif run.values.get("method") in baselines.METHODS:
+        elif run.values.get("method") in comparators.METHODS:
             try:
-                baselines.pruner(run.values["method"], run.budget(), at=run.values.get("prune_at", 0.0))
+                comparators.pruner(run.values["method"], run.budget(), at=run.values.get("prune_at", 0.0))
             except ValueError as error:
                 self.say(run.key, str(error))
             except ImportError as error:  # an outside peer is optional

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from tcp_core.channels import Channels
-from tcp_core.cost import Budget
-from tcp_core.results import HISTORY, TRAJECTORY, WIDTHS, require
+from ..channels import Channels
+from ..cost import Budget
+from .frames import HISTORY, TRAJECTORY, WIDTHS, require
 
 COLORS = {
     "macs": "#0072B2",

@@ -7,8 +7,10 @@ from collections import Counter
 import torch
 from torch.nn import functional as F
 
-from . import nets, places, train
-from .batches import channels_last
+from .. import nets
+from ..training import fit
+from ..training.batches import channels_last
+from . import places
 from .declaration import Declaration
 from .results import environment
 
@@ -83,7 +85,7 @@ def images_per_second(
     try:
         while len(took) < 3 or sum(took[1:]) < seconds:  # the first one, which warms up, does not count
             started = time.perf_counter()
-            with train.autocast(device, train.PRECISIONS[precision]):
+            with fit.autocast(device, fit.PRECISIONS[precision]):
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), y)
             optimizer.zero_grad()

@@ -27,17 +27,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .batches import by_epoch, channels_last
-from .channels import Channels
-from .controller import MIN_PHASE_STEPS, Controller, normalised_square
-from .cost import Budget, BudgetError
-from .gates import Gated, gated_parameters
-from .images import Images
-from .processes import summed
-from .removal import check_same_model, keeping_modes, remove, to_model
-from .selection import fill, tighten
-from .tailor import Report
-from .train import PRECISIONS, autocast
+from ..channels import Channels
+from ..controller import MIN_PHASE_STEPS, Controller, normalised_square
+from ..cost import Budget, BudgetError
+from ..datasets.images import Images
+from ..gates import Gated, gated_parameters
+from ..removal import check_same_model, keeping_modes, remove, to_model
+from ..selection import fill, tighten
+from ..tailor import Report
+from ..training.batches import by_epoch, channels_last
+from ..training.fit import PRECISIONS, autocast
+from ..training.processes import summed
 
 METHODS = (
     *("uniform_l1", "global_l1", "slimming", "taylor", "random"),

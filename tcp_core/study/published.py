@@ -1,6 +1,6 @@
 """Published results, checked and trimmed to those that our networks can stand beside.
 
-`python -m tcp_core.published COLLECTED.csv results/published.csv` trims a collection of results from papers and
+`python -m tcp_core.study.published COLLECTED.csv results/published.csv` trims a collection of results from papers and
 repositories, and writes next to it how many rows were dropped and why (`published_dropped.csv`). Every row that stays
 has its citation and where its numbers were seen; nothing in it was run here.
 """
@@ -85,5 +85,5 @@ def main(collected: str, out: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: python -m tcp_core.published COLLECTED.csv results/published.csv")
+        sys.exit("usage: python -m tcp_core.study.published COLLECTED.csv results/published.csv")
     main(*sys.argv[1:])

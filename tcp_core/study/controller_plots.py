@@ -16,8 +16,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from tcp_core.plots import COLORS, DOTS, TEXT_GREY, finished, legend, style
-from tcp_core.results import TRAJECTORY, WIDTHS, read_runs, require
+from ..training.frames import TRAJECTORY, WIDTHS, require
+from ..training.plots import COLORS, DOTS, TEXT_GREY, finished, legend, style
+from .results import read_runs
 
 Frames = dict[float, pd.DataFrame]
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from .data import SUFFIXES
+from ..datasets.sources import SUFFIXES
 
 TORCHVISION = "cifar-10-batches-py"
 

@@ -1,6 +1,6 @@
 """Batches of large images from a folder: decoded and cropped by worker processes, batch by batch.
 
-For images that do not fit into memory, such as ImageNet's; small ones are faster in memory (:mod:`tcp_core.images`).
+For images that do not fit into memory, such as ImageNet's; small ones are faster in memory (`images`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from .data import IMAGENET_STATISTICS, Splits, class_folders, folder_parts
 from .images import stratified
-from .processes import rank_and_world
+from .sources import IMAGENET_STATISTICS, Splits, class_folders, folder_parts
 
 
 def load(
@@ -34,9 +34,10 @@ def load(
     val_images: float | int = 0.05,
     skip_corrupt: bool = False,
 ) -> Splits:
-    """The streams of root/train/<class>/* and of root/val, root/test or both, as :func:`tcp_core.data.image_folder`
-    reads them into memory: a single held-out part is for testing, and ``val_images`` (as in :meth:`Stream.split`) of
-    the training images then validate. Other options as in :class:`Stream`.
+    """The streams of root/train/<class>/* and of root/val, root/test or both, as
+    :func:`tcp_core.datasets.sources.image_folder` reads them into memory: a single held-out part is for testing, and
+    ``val_images`` (as in :meth:`Stream.split`) of the training images then validate. Other options as in
+    :class:`Stream`.
 
     Raises:
         FileNotFoundError: if a folder is missing or empty.
@@ -57,8 +58,8 @@ class Stream:
 
     x: float32 ``[batch, 3, size, size]``, normalised; y: int64 ``[batch]``. Order and augmentation depend on ``seed``
     and the epoch alone, whatever the number of workers, so a stopped run goes on with the same batches. Of several
-    processes (torch.distributed) each trains on its own part of every batch, ``batch_size`` images; they may be started
-    after the stream is made.
+    processes each trains on its own part of every batch, ``batch_size`` images: :func:`tcp_core.fit` sees to it, and a
+    loop of one's own does by :meth:`among`.
 
     Args:
         root: a folder with one folder of images a class; hidden folders are passed over.
@@ -108,13 +109,13 @@ class Stream:
         self.labels = np.array(folder.targets)
         self.size, self.batch_size, self.train, self.workers, self.seed = size, batch_size, train, workers, seed
         self.skip_corrupt, self.skipped, self.mean, self.std = skip_corrupt, [], mean, std
-        self.shape, self.epoch = (3, size, size), 0
+        self.shape, self.epoch, self.dealt = (3, size, size), 0, None
 
     def split(self, val_images: float | int, *, seed: int = 0) -> tuple[Stream, Stream]:
         """(train, val): two disjoint parts with the class proportions of the whole; val sees the centre of each image.
 
         val_images: how many images the second part has, as a fraction (float) or a number (int). The choice is that of
-        :meth:`tcp_core.images.Images.split`. Raises ValueError if one of the parts would be empty.
+        :meth:`tcp_core.datasets.images.Images.split`. Raises ValueError if one of the parts would be empty.
         """
         chosen = stratified(self.labels, len(self.classes), val_images, seed=seed)
         train, val = copy.copy(self), copy.copy(self)
@@ -128,6 +129,14 @@ class Stream:
         part = copy.copy(self)
         part.paths, part.labels = self.paths[rank::world], self.labels[rank::world]
         return part
+
+    def among(self, rank: int, world: int) -> Stream:
+        """The same stream as process ``rank`` of ``world`` trains on it: its own part of every batch; ``skipped`` is
+        shared.
+        """
+        stream = copy.copy(self)
+        stream.dealt = (rank, world)
+        return stream
 
     def set_epoch(self, epoch: int) -> None:
         """Have the next pass draw the order and augmentation of ``epoch``."""
@@ -160,10 +169,17 @@ class Stream:
         return f"Stream({len(self.labels):,} images in {len(self.classes)} classes, {len(self)} batches)"
 
     def _part(self) -> tuple[int, int]:
-        return rank_and_world() if self.train else (0, 1)
+        if not self.train:
+            return 0, 1
+        if self.dealt is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(
+                f"each of {dist.get_world_size()} processes would train on all images: give each its part of every "
+                f"batch, stream.among(rank, world), as fit does by itself."
+            )
+        return self.dealt or (0, 1)
 
     def _batches(self) -> list[list[int]]:
-        """Return the numbers of the images in each of this process's batches, as :class:`tcp_core.images.Batches`."""
+        """Return the numbers of the images in each of this process's batches, as :class:`~.images.Batches`."""
         count, (rank, world) = len(self.labels), self._part()
         order = np.random.default_rng((self.seed, self.epoch)).permutation(count) if self.train else np.arange(count)
         starts = range(rank * self.batch_size, len(self) * world * self.batch_size, world * self.batch_size)

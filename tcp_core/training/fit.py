@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..channels import Channels
+from ..cost import Budget
+from ..datasets.images import Images
+from ..removal import keeping_modes
+from ..tailor import Report, Tailor
+from ..tracing import trace
 from .batches import by_epoch, channels_last, mixer, to_their_end
-from .channels import Channels
 from .checkpoints import CheckpointError, newest, prepare, write
-from .cost import Budget
-from .images import Images
 from .processes import (
     agree,
     alone,
@@ -31,9 +34,6 @@ from .processes import (
     synchronised,
     together,
 )
-from .removal import keeping_modes
-from .tailor import Report, Tailor
-from .tracing import trace
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -100,12 +100,12 @@ def fit(
 
     Args:
         model: the dense network, trained or not; it is trained in place until it is made smaller.
-        train: :class:`tcp_core.images.Images`, :class:`tcp_core.streams.Stream`, or any iterable of ``(x, y)`` batches
-            with a length; it, or its sampler, is told the epoch if it has ``set_epoch``.
+        train: :class:`~tcp_core.datasets.images.Images`, :class:`~tcp_core.datasets.streams.Stream`, or any iterable of
+            ``(x, y)`` batches with a length; it, or its sampler, is told the epoch if it has ``set_epoch``.
         val: the same, for the accuracy after each epoch; never the test images. None leaves it out.
         budget: a :class:`Budget` or dict; with neither it nor ``prune`` the dense network is trained.
         prune: another way to make the network smaller, called as ``prune(model, channels, steps)``; it returns what
-            is trained in the model's place, see :func:`tcp_core.baselines.pruner`.
+            is trained in the model's place, see :func:`tcp_core.study.comparators.pruner`.
         epochs: passes over ``train``.
         restart: share of the run after which the learning rate's schedule starts anew, once; 0: it does not.
         weight_decay: of weights with two or more dimensions; batch norms and biases have none.

@@ -31,7 +31,7 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 
 
 class Splits(NamedTuple):
-    """The parts of a data set, `Images` or :class:`tcp_core.streams.Stream`; None where it has no such part."""
+    """The parts of a data set, `Images` or a `Stream`; None where it has no such part."""
 
     train: Images
     val: Images | None

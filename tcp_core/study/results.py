@@ -19,17 +19,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import checkpoints
+from ..training import checkpoints
+from ..training.frames import HISTORY, TRAJECTORY, WIDTHS, require
 
-HISTORY = (
-    *("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),
-    *("seconds", "macs", "params", "open_units", "strength"),
-)
-TRAJECTORY = (
-    *("step", "epoch", "macs", "params", "macs_schedule", "params_schedule"),
-    *("strength", "losing", "closed", "returned"),
-)
-WIDTHS = ("layer", "dense", "tailored")
 CHECKPOINTS = "checkpoints"
 METRICS = (
     *("network", "dataset", "method", "seed", "test_accuracy", "val_accuracy"),
@@ -73,7 +65,7 @@ def finish_run(
     """Write a run's tables, then its `metrics.json`, which marks the run as done.
 
     `history`, `trajectory` and `widths` are data frames with at least the columns HISTORY,
-    TRAJECTORY and WIDTHS of this module; the last two are None or empty for a run without a budget.
+    TRAJECTORY and WIDTHS of tcp_core.training.frames; the last two are None or empty for a run without a budget.
     `metrics` needs the keys METRICS (None where a key says nothing about this run, such as the
     budget of a dense network) and may have more. NaN and infinity become null.
     Checkpoints are deleted. Raises `FileNotFoundError` if `start_run` was not called for `out`, and `ValueError` naming
@@ -149,18 +141,6 @@ def environment(device: str | torch.device | None = None) -> dict:
         **_git_state(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def require(what: str, given, wanted) -> None:
-    """Raise `ValueError` if `given`, a frame or dict, lacks a name in `wanted` or is empty."""
-    missing = [name for name in wanted if name not in given]
-    if missing:
-        raise ValueError(
-            f"{what} lacks {', '.join(missing)}. It has {', '.join(map(str, given)) or 'nothing'}; "
-            f"it needs {', '.join(wanted)}."
-        )
-    if len(given) == 0:
-        raise ValueError(f"{what} has no rows.")
 
 
 def _version(package):

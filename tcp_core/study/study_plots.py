@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from scipy.optimize import isotonic_regression
 
-from tcp_core.plots import COLORS, DOTS, TEXT_GREY, finished, style
-from tcp_core.results import WIDTHS, require
-from tcp_core.tables import ARCHITECTURES, COSTS, GOAL, GROUP, METHODS, family, heading, number
+from ..training.frames import WIDTHS, require
+from ..training.plots import COLORS, DOTS, TEXT_GREY, finished, style
+from .tables import ARCHITECTURES, COSTS, GOAL, GROUP, METHODS, family, heading, number
 
 OURS = COLORS["tailored"]
 LOST = "#8C2D5A"  # where a comparator is better

@@ -18,10 +18,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .channels import Channels
+from ..channels import Channels
+from .frames import HISTORY
 from .plots import COLORS, finished, style
 from .processes import rank_and_world
-from .results import HISTORY
 
 _DRAWING_SHARE = 0.1  # of the time, about, that goes into drawing curves when epochs are short
 

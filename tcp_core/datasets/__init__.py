@@ -1,0 +1,1 @@
+"""Images to train on: in memory (`images`), decoded while training (`streams`), from many places (`sources`)."""
