@@ -70,11 +70,11 @@ lab: $(INSTALLED) ## open the notebooks in JupyterLab
 
 benchmark: $(INSTALLED) ## measure again what the README and docs/scale.md state (about forty minutes; DATA=folder of images for the input pipeline)
 	$(BIN)/python benchmarks/training_step.py --network resnet20 --out $(MEASURED)/training_step_resnet20.json \
-		--widths results/earlier/resnet20-macs50-e15-s0/widths.csv
+		--widths results/benchmarks/widths_resnet20.csv
 	$(BIN)/python benchmarks/training_step.py --network resnet56 --out $(MEASURED)/training_step_resnet56.json \
-		--widths results/earlier/resnet56-macs50-e12-s0/widths.csv
+		--widths results/benchmarks/widths_resnet56.csv
 	$(BIN)/python benchmarks/training_step.py --network resnet56 --out $(MEASURED)/training_step_resnet56_multiples_of_8.json \
-		--widths results/earlier/resnet56-macs50-e12-s0/widths.csv --multiple 8
+		--widths results/benchmarks/widths_resnet56.csv --multiple 8
 	$(BIN)/python benchmarks/tracing_time.py --out $(MEASURED)/tracing_time.json
 	$(BIN)/python benchmarks/input_pipeline.py $(if $(DATA),--data "$(DATA)") --out $(MEASURED)/input_pipeline.json
 	$(BIN)/python benchmarks/large_images.py --out $(MEASURED)/large_images.json
