@@ -34,7 +34,7 @@ from training_step import open_as_in
 import tcp_core as tcp
 from tcp_core.controller import Controller
 from tcp_core.selection import fill
-from tcp_core.study.comparators import uniform_l1
+from tcp_core.study.criteria import uniform_l1
 from tcp_core.study.results import environment
 from tcp_core.training.batches import channels_last
 from tcp_core.training.fit import PRECISIONS, autocast

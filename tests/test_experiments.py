@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from tcp_core import nets
 from tcp_core.study import comparators, estimate, experiments, places
-from tcp_core.study.declaration import DeclarationError, read
+from tcp_core.study.declaration import DeclarationError
+from tcp_core.study.reading import read
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = """

@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from tcp_core.study import study_plots, tables
+from tcp_core.study import pages, study_plots, tables
 from tcp_core.study.published import main, trim
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,8 +91,8 @@ def test_the_overview_has_a_column_for_each_budget(monkeypatch):
 
 
 def test_means_are_those_of_pandas(study):
-    table = tables.accuracy(study).set_index(tables.KEY)
-    by_key = study[~study["searched"]].groupby(tables.KEY)["accuracy"]
+    table = tables.accuracy(study).set_index(pages.KEY)
+    by_key = study[~study["searched"]].groupby(pages.KEY)["accuracy"]
     pd.testing.assert_series_equal(table["accuracy"].sort_index(), by_key.mean(), check_dtype=False)
     pd.testing.assert_series_equal(table["sd"].sort_index(), by_key.std(), check_names=False)
     best = tables.summary(tables.differences(table.reset_index())).query("part == 'best comparator'")
@@ -168,7 +168,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 @pytest.mark.parametrize("rows", [[run()], [run(**DENSE)], [run(), run(method="taylor")], [run(run="d/search_x/k")]])
 def test_few_runs_still_make_every_table(monkeypatch, rows, tmp_path):
     for name, table in all_tables(study_of(monkeypatch, *rows)).items():
-        assert tables.write(table, name, tmp_path).startswith(f"# {tables.PAGES[name][0]}\n")
+        assert pages.write(table, name, tmp_path).startswith(f"# {pages.PAGES[name][0]}\n")
 
 
 def all_tables(study):
@@ -186,9 +186,9 @@ def test_tables_are_the_same_bytes_each_time(study, tmp_path):
     again = tables.study(FIXTURE, tables.run_defaults(RUN_NOTEBOOK)).sample(frac=1, random_state=0)
     for folder, runs in (("one", study), ("other", again)):  # in whatever order the runs are read
         for name, table in all_tables(runs).items():
-            tables.write(table, name, tmp_path / folder)
+            pages.write(table, name, tmp_path / folder)
     files = sorted((tmp_path / "one").iterdir())
-    assert len(files) == 2 * len(tables.PAGES)
+    assert len(files) == 2 * len(pages.PAGES)
     for path in files:
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
         assert b"\r" not in path.read_bytes()
@@ -263,7 +263,7 @@ def figures(study):
     beside = tables.beside_published(accuracy, published)
     (name, rows), *_ = study_plots.groups(accuracy).items()
     assert name == "resnet20-cifar10-madeup-pretrained-e12"
-    first = tables.GROUP, list(rows[tables.GROUP].iloc[0])
+    first = pages.GROUP, list(rows[pages.GROUP].iloc[0])
     ours = study[(study["method"] == "tailored") & ~study["searched"] & study[first[0]].eq(first[1]).all(axis=1)]
     return {
         "pareto": lambda: study_plots.pareto_figure(rows),
@@ -319,7 +319,7 @@ def test_the_fixture_is_what_its_script_writes_and_says_that_it_is_made_up(tmp_p
     assert written == committed
     assert sum(map(len, written.values())) < 200_000
     datasets = {json.loads(text)["dataset"] for path, text in written.items() if path.name == "metrics.json"}
-    assert datasets == {"cifar10-madeup"} <= set(tables.DATA)
+    assert datasets == {"cifar10-madeup"} <= set(pages.DATA)
 
 
 def test_trimming_again_writes_the_committed_file(tmp_path, capsys):
@@ -334,7 +334,7 @@ def test_trimming_again_writes_the_committed_file(tmp_path, capsys):
     ("value", "digits", "text"), [(83.235, 2, "83.24"), (-1.335, 2, "-1.34"), (-0.001, 2, "0.00"), (2.5, 0, "3")]
 )
 def test_numbers_are_rounded_as_by_hand(value, digits, text):
-    assert tables.number(value, digits) == text
+    assert pages.number(value, digits) == text
 
 
 def test_committed_tables_follow_from_committed_runs(tmp_path):
@@ -342,7 +342,7 @@ def test_committed_tables_follow_from_committed_runs(tmp_path):
     study = tables.study(ROOT / "results" / "runs", tables.run_defaults(RUN_NOTEBOOK))
     for name, table in all_tables(study).items():
         missing = tables.missing(tables.accuracy(study)) if name == "accuracy" else ()
-        tables.write(table, name, tmp_path, missing=missing)
+        pages.write(table, name, tmp_path, missing=missing)
     committed = {path.name: path.read_bytes() for path in (ROOT / "results" / "tables").iterdir()}
     assert committed == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 

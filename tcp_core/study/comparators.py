@@ -19,25 +19,22 @@ import copy
 import importlib.util
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..channels import Channels
 from ..controller import MIN_PHASE_STEPS, Controller, normalised_square
-from ..cost import Budget, BudgetError
+from ..cost import Budget
 from ..datasets.images import Images
 from ..gates import Gated, gated_parameters
-from ..removal import check_same_model, keeping_modes, remove, to_model
+from ..removal import check_same_model, remove
 from ..selection import fill, tighten
 from ..tailor import Report
-from ..training.batches import by_epoch, channels_last
-from ..training.fit import PRECISIONS, autocast
-from ..training.processes import summed
+from ..training.batches import by_epoch
+from .criteria import global_l1, random, shrink_scales, slimming, start_anew, taylor, torch_pruning, uniform_l1
 
 METHODS = (
     *("uniform_l1", "global_l1", "slimming", "taylor", "random"),
@@ -367,202 +364,3 @@ class FixedStrength(OneShot):
         super()._prune(optimizer)
         self.largest_gate_removed = float(self.gate.cpu()[~self.kept].amax()) if (~self.kept).any() else 0.0
         self.gated = None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
-
-
-def uniform_l1(model: nn.Module, limits: Controller) -> Tensor:
-    """Return scores by which every family keeps the same share, its units with the largest L1 norm (Li et al., 2017).
-
-    Widths do not depend on the weights: of two families at the same share the first comes first.
-    """
-    norm = _l1(model, limits.channels)[0]
-    score = torch.zeros_like(norm)
-    for position, family in enumerate(limits.channels.families):
-        order = family.units[norm[family.units].argsort(descending=True, stable=True)]
-        score[order] = 1 - torch.arange(len(order)).double() / len(order) - 1e-9 * position
-    return score
-
-
-def global_l1(model: nn.Module, limits: Controller) -> Tensor:
-    """Return the mean absolute weight of each unit's filters, to be ranked over the whole network."""
-    total, entries = _l1(model, limits.channels)
-    return total / entries.clamp(min=1)
-
-
-def slimming(model: nn.Module, limits: Controller) -> Tensor:
-    """Return the mean absolute scale of each unit's batch norms (Liu et al., 2017); infinite where there is none.
-
-    It goes with :func:`shrink_scales`; pruned at the start of a run (``at=0``) it is the plain ranking by scale.
-    """
-    total, count = torch.zeros(2, limits.channels.units, dtype=torch.float64)
-    for scale, units in _scales(model, limits.channels):
-        inside = units >= 0
-        total.index_add_(0, units[inside], scale.detach().abs().double().cpu()[inside])
-        count += units[inside].bincount(minlength=len(count))
-    return (total / count).where(count > 0, torch.inf)
-
-
-def taylor(
-    model: nn.Module, limits: Controller, *, batches: Callable[[torch.device], Iterable], precision: str = "fp32"
-) -> Tensor:
-    """Return importance per marginal cost of the dense network: the controller's score, measured once.
-
-    Importance is the mean over ``batches(device)`` of the squared gradient of the loss with respect to each gate
-    (Molchanov et al., 2019), in train mode; gradients, running statistics and random numbers stay as they were.
-    """
-    gated = Gated(model, limits.channels)
-    device = gated.gate.device
-    importance = torch.zeros_like(gated.gate, dtype=torch.float64)
-    statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with keeping_modes(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        model.train()
-        for x, y in batches(device):
-            with autocast(device, PRECISIONS[precision]):
-                logits = gated(channels_last(x))
-            (gradient,) = torch.autograd.grad(F.cross_entropy(logits.float(), y), gated.gate)
-            importance += normalised_square(gradient)
-    importance = summed(importance)  # of several processes, each has seen its own part of the batches
-    for buffer, value in statistics:
-        buffer.copy_(value)
-    if not importance.any():
-        raise ValueError("taylor found no gradient of the gates to rank by; give training images as train=...")
-    limits.importance = importance
-    return limits.score()
-
-
-def random(model: nn.Module, limits: Controller, *, seed: int) -> Tensor:
-    """Return random scores."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(limits.channels.units, dtype=torch.float64, generator=generator)
-
-
-def torch_pruning(model: nn.Module, limits: Controller) -> Tensor:
-    """Return the units that Torch-Pruning's GroupNormPruner leaves (Fang et al., 2023), bool ``[units]``.
-
-    Global ranking by group L2 norm. The pruning ratio, which is all it takes, is found by bisection so that the cost is
-    within all bounds; it does not fill a budget, so some is left over.
-
-    Torch-Pruning 1.6.1 takes a zero-padded shortcut for one that moves no channels, and the network it makes does not
-    run: layers of such streams, and those with channels that must stay, are named to it as ignored. It cuts inside the
-    groups of grouped convolutions, which is refused with a ValueError.
-    """
-    import torch_pruning as tp
-
-    channels = limits.channels
-    model = copy.deepcopy(model).cpu().requires_grad_(True)
-    modules = dict(model.named_modules())
-    names = {module: name for name, module in modules.items()}
-    layers = {layer.name: layer for layer in channels.layers}
-    ignored = [modules[name] for name in _ignored(channels)]
-    example = to_model(channels.example, model)[0]
-
-    def left(ratio: float) -> Tensor:
-        found = tp.pruner.GroupNormPruner(
-            model,
-            example,
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
-            global_pruning=True,
-            pruning_ratio=ratio,
-            ignored_layers=ignored,
-            **{name: {} for name in ("in_channel_groups", "out_channel_groups", "num_heads")},  # else shared by all
-        )
-        open_units = torch.ones(channels.units, dtype=torch.bool)
-        for group in found.step(interactive=True):
-            layer = layers[names[group[0].dep.target.module]]
-            units = layer.out_units[group[0].idxs]
-            if torch.isin(layer.out_units, units).sum() != len(units):
-                raise ValueError(f"Torch-Pruning cuts inside the groups of {layer.name}, which cannot be compared.")
-            open_units[units] = False
-        return open_units
-
-    best, used, low, high = None, 0.0, 0.0, 1.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own: torch.jit and mutable defaults
-        for _ in range(12):
-            middle = (low + high) / 2
-            open_units = left(middle)
-            cost = channels.cost_model.exact(open_units)
-            share = max(cost[name] / bound for name, bound in limits.bounds.items())
-            low, high = (low, middle) if share <= 1 else (middle, high)
-            if used < share <= 1:
-                best, used = open_units, share
-    if best is None:
-        raise BudgetError(f"Torch-Pruning finds no network within {limits.bounds} at any ratio; give a larger budget.")
-    return best
-
-
-def _ignored(channels: Channels) -> set[str]:
-    """Return the layers of which a channel must stay or passes a zero padding of channels."""
-    kept, names = ~channels.prunable, None
-    for padding in channels.paddings:
-        units = torch.cat([padding.before, padding.after])
-        kept[units[units >= 0]] = True
-    # Paddings join streams: what shares a unit with an ignored layer is of the same stream.
-    while names != (names := {x.name for x in channels.layers if (x.out_units < 0).any() or kept[x.out_units].any()}):
-        for layer in channels.layers:
-            if layer.name in names:
-                kept[layer.out_units[layer.out_units >= 0]] = True
-    return names
-
-
-def _l1(model: nn.Module, channels: Channels) -> tuple[Tensor, Tensor]:
-    """Return the sum of absolute weights of all filters that make a unit, and their number; float64 ``[units]``."""
-    total, entries = torch.zeros(2, channels.units, dtype=torch.float64)
-    for layer in channels.layers:
-        weight, units = model.get_parameter(layer.weight).detach().abs().double().cpu(), layer.out_units
-        dims = [d for d, at in enumerate(channels.slots.get(layer.weight, ())) if at is not None and at.equal(units)]
-        if dims:
-            filters, inside = weight.movedim(dims[0], 0).flatten(1), units >= 0
-            total.index_add_(0, units[inside], filters.sum(1)[inside])
-            entries += filters.shape[1] * units[inside].bincount(minlength=len(entries))
-    return total, entries
-
-
-def _scales(model: nn.Module, channels: Channels) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return the batch norm scales that carry units, and the unit of each entry."""
-    found = []
-    for name, module in model.named_modules():
-        units = channels.slots.get(f"{name}.weight", (None,))[0]
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None and units is not None:
-            found.append((module.weight, units))
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Before the network is made smaller, and after
-
-
-@torch.no_grad()
-def shrink_scales(model: nn.Module, channels: Channels, optimizer: torch.optim.Optimizer, *, strength: float) -> None:
-    """Take the L1 penalty's step on all batch norm scales (Liu et al., 2017, who add it to their gradients).
-
-    It follows the optimiser's step, as a soft threshold of ``lr * strength / (1 - momentum)``: as far as a constant
-    gradient of that size moves a scale in the long run.
-    """
-    of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for scale, _ in _scales(model, channels):
-        if (group := of.get(id(scale))) is not None:
-            scale.copy_(F.softshrink(scale, group["lr"] * strength / (1 - group.get("momentum", 0.0))))
-
-
-@torch.no_grad()
-def start_anew(model: nn.Module, seed: int) -> None:
-    """Draw all weights of ``model`` again, from ``seed``; running statistics are reset.
-
-    Every module draws its own; convolutions and linear layers then get N(0, 2 / fan_in), as in :mod:`tcp_core.nets`,
-    and zero biases. ValueError names a module that has parameters but no ``reset_parameters``.
-    """
-    with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
-        torch.manual_seed(seed)
-        for name, module in model.named_modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-            elif next(module.parameters(recurse=False), None) is not None:
-                raise ValueError(f"{name!r} ({type(module).__name__}) needs a reset_parameters() to start anew.")
-            if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)

@@ -1,7 +1,7 @@
 """Declared experiments on the command line: what they are, how far they are, and one run executed.
 
 `python -m tcp_core.study.experiments --help` lists the commands; `make study` and the Snakefile call them. The
-declarations themselves are read by `tcp_core.study.declaration`.
+declarations themselves are read by `tcp_core.study.reading`.
 """
 
 import argparse
@@ -23,7 +23,8 @@ import papermill
 from jupyter_client import AsyncKernelManager
 
 from . import estimate
-from .declaration import LOCK, Declaration, DeclarationError, Run, path_of, read
+from .declaration import LOCK, Declaration, DeclarationError, Run, path_of
+from .reading import read
 
 
 def execute(declaration: Declaration, key: str, *, cores: int = 1) -> None:

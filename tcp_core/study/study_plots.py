@@ -16,7 +16,9 @@ from scipy.optimize import isotonic_regression
 
 from ..training.frames import WIDTHS, require
 from ..training.plots import COLORS, DOTS, TEXT_GREY, finished, style
-from .tables import ARCHITECTURES, COSTS, GOAL, GROUP, METHODS, family, heading, number
+from .pages import COSTS, GOAL, GROUP, METHODS, heading, number
+from .published import ARCHITECTURES
+from .tables import family
 
 OURS = COLORS["tailored"]
 LOST = "#8C2D5A"  # where a comparator is better
@@ -37,7 +39,7 @@ OTHER = ("#A3A3A3", "h")
 
 
 def groups(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the rows of each `tables.GROUP`, by a name that suits a file, such as "resnet20-cifar10-jpeg-scratch-e15".
+    """Return the rows of each `pages.GROUP`, by a name that suits a file, such as "resnet20-cifar10-jpeg-scratch-e15".
 
     Groups that differ in nothing but the recipe are numbered.
     """

@@ -18,7 +18,8 @@ from tcp_core.controller import Controller
 from tcp_core.datasets import sources
 from tcp_core.gates import Gated
 from tcp_core.study import comparators
-from tcp_core.study.comparators import METHODS, pruner, shrink_scales, start_anew, uniform_l1
+from tcp_core.study.comparators import METHODS, pruner
+from tcp_core.study.criteria import shrink_scales, start_anew, uniform_l1
 from tcp_core.training import frames
 
 HAS_PEER = importlib.util.find_spec("torch_pruning") is not None
