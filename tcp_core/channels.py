@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cost import CostModel
+from .cost import Budget, Cost, CostModel
+from .memory import Activations, weights_at
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Channels:
         paddings: zero-padding modules that add channels.
         shapes: shape of every parameter and buffer, to recognise the model later.
         cost_model: the bilinear cost of gates.
+        state: bytes of parameters and buffers, by item size.
+        activations: which activations are alive when.
         example: one sample of the inputs the model was traced on, for verification.
     """
 
@@ -95,11 +98,34 @@ class Channels:
     paddings: tuple[Padding, ...]
     shapes: Mapping[str, tuple[int, ...]]
     cost_model: CostModel
+    state: CostModel
+    activations: Activations
     example: tuple[tuple[Any, ...], dict[str, Any]]
 
     def cost(self, open_units: Tensor | None = None) -> dict[str, int]:
         """Return ``{"macs": int, "params": int}`` of the network that keeps only ``open_units`` (default: all)."""
         return self.cost_model.exact(None if open_units is None else self.check(open_units))
+
+    def bytes(
+        self, open_units: Tensor | None = None, *, precision: str | None = None, batch: int = 1
+    ) -> dict[str, int]:
+        """Return ``{"memory": int, "weights": int}`` in bytes of the network that keeps ``open_units`` (default: all).
+
+        Most that activations take at one time, for ``batch`` samples in eval mode, and parameters and buffers; see
+        :class:`~tcp_core.Budget` for ``precision``.
+        """
+        open_units = None if open_units is None else self.check(open_units)
+        costs = self.activations.at(precision, batch), weights_at(self.state, precision)
+        return {name: value for cost in costs for name, value in cost.exact(open_units).items()}
+
+    def costs(self, budget: Budget) -> list[Cost]:
+        """Return what a budget needs to know, but for latency, which is measured: macs and params, and bytes if it has
+        a bound on them.
+        """
+        found: list[Cost] = [self.cost_model]
+        found += [self.activations.at(budget.precision, budget.batch)] if budget.memory is not None else []
+        found += [weights_at(self.state, budget.precision)] if budget.weights is not None else []
+        return found
 
     def check(self, open_units: Tensor) -> Tensor:
         """Return ``open_units`` as bool ``[units]`` on the CPU; ValueError if no such network can be made."""

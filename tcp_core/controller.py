@@ -17,14 +17,14 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .channels import Channels
-from .cost import Budget, BudgetError
+from .cost import Budget, BudgetError, Cost, Costs, amount
 from .selection import fill, required_units, tighten
 
 MIN_PHASE_STEPS = 12
@@ -51,6 +51,7 @@ class Controller:
         min_width: the fewest units that stay in each family.
         multiple: make every family's width a multiple of this, or leave it whole; kernels like 8. The budget is then
             used but for what one such block costs.
+        costs: costs beside those that the trace knows, for the bounds that it cannot tell.
 
     Attributes:
         strength: how far losing gates move down at each step (lambda).
@@ -71,15 +72,17 @@ class Controller:
         ramp: float = 0.4,
         min_width: int = 1,
         multiple: int = 1,
+        costs: Iterable[Cost] = (),
         device: torch.device | str = "cpu",
     ) -> None:
         if not isinstance(multiple, int) or multiple < 1:
             raise ValueError(f"multiple={multiple!r}; it must be an int of at least 1, 1 for widths of any size.")
-        self.channels, self.cost_model = channels, channels.cost_model
+        budget = Budget.of(budget)
+        self.channels, self.cost_model = channels, Costs.of([*channels.costs(budget), *costs])
         self.min_width, self.multiple = min_width, multiple
-        self.dense = channels.cost()
-        self.marginal = self.cost_model.marginal(torch.ones(channels.units))
-        self.bounds = Budget.of(budget).resolve(self.dense)
+        self.dense = self.cost_model.exact()
+        self.bounds = budget.resolve(self.dense)
+        self.marginal = self.cost_model.price(self.bounds)
         self.floor = self.cost_model.exact(required_units(channels, min_width, multiple))
         self._check(channels, steps, phase, lookahead, ramp, max(min_width, multiple))
         self.steps = steps
@@ -127,10 +130,11 @@ class Controller:
         for name, bound in self.bounds.items():
             if bound < self.floor[name]:
                 raise BudgetError(
-                    f"the {name} budget of {bound:,} ({bound / self.dense[name]:.2%} of the dense "
-                    f"{self.dense[name]:,}) is below the floor: with {min_width} unit(s) in each family the "
-                    f"smallest network has {self.floor[name]:,} ({self.floor[name] / self.dense[name]:.2%}). Give "
-                    f"{name} >= {self.floor[name]}, or ignore less."
+                    f"the {name} budget of {amount(name, bound)} ({bound / self.dense[name]:.2%} of the dense "
+                    f"{amount(name, self.dense[name])}) is below the floor: with {min_width} unit(s) in each family "
+                    f"the smallest network has {amount(name, self.floor[name])} "
+                    f"({self.floor[name] / self.dense[name]:.2%}). Give {name} >= "
+                    f"{amount(name, self.floor[name]).replace(',', '')}, or ignore less."
                 )
 
     def update(self, gradient: Tensor) -> None:
@@ -178,10 +182,10 @@ class Controller:
             ahead = self.step_count + self.lookahead
             targets = self.schedule(ahead)
             score = self.score()
-            winning = fill(self.channels, score, targets, self.min_width, self.multiple)
+            winning = fill(self.channels, score, targets, self.min_width, self.multiple, self.cost_model)
             self._weigh(self.cost_model.exact(winning), targets)
             if ahead >= self.end and self.multiple == 1:
-                winning = tighten(self.channels, winning, score, targets, self.min_width)
+                winning = tighten(self.channels, winning, score, targets, self.min_width, self.cost_model)
             losing = (~winning).to(self.losing.device)
             self.returned += int((self.losing & ~losing & (self.gate == 0)).sum())
             self.changed = int((self.losing != losing).sum())

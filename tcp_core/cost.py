@@ -4,15 +4,19 @@ A layer's multiply-accumulates are ``area * kernel * inputs * outputs`` and a we
 kernel``: both are products of two channel counts. With ``z`` in [0, 1] per unit, each count is ``fixed + sum of z``
 over the units it is made of, so every cost is one **bilinear** form of ``z``. The same few lines give exact integers
 (binary ``z``), gradients, and what a single unit costs while the others stay as they are.
+
+Ranking and filling need less of a cost than that, see :class:`Cost`: so peak memory, which is no bilinear form, and
+latency, which is a table of measurements, stand beside it.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from typing import Protocol
 
 import torch
 from scipy.sparse import csr_array
@@ -20,6 +24,11 @@ from torch import Tensor
 
 COSTS = ("macs", "params")
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+_BYTES = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_MILLISECONDS = {"ms": 1.0, "us": 1e-3, "\u00b5s": 1e-3, "\u03bcs": 1e-3, "s": 1e3}
+
+PRECISIONS = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+"""Bytes of a number, for budgets in bytes."""
 
 
 class BudgetError(ValueError):
@@ -30,10 +39,21 @@ class BudgetError(ValueError):
 class Budget:
     """Upper bounds on the cost of the tailored network; at least one must be given.
 
-    Each bound is a fraction of the dense network's cost (a float in (0, 1], or a string such as ``"40%"``) or an
-    absolute number (an int, or a string such as ``"60M"``). ``macs`` counts multiply-accumulates of convolutions and
-    linear layers for one sample, which is what pruning papers print as FLOPs; ``flops`` is 2 x macs, which is what
-    ``torch.utils.flop_counter`` counts; ``params`` counts the entries of all parameters.
+    Each bound is a fraction of the dense network's cost (a float in (0, 1], or a string such as ``"40%"``) or absolute.
+
+    Attributes:
+        macs: multiply-accumulates of convolutions and linear layers for one sample, which is what pruning papers print
+            as FLOPs; absolute as an int or ``"60M"``.
+        flops: 2 x macs, which is what ``torch.utils.flop_counter`` counts.
+        params: entries of all parameters.
+        memory: most bytes of activations that are alive at one time, in eval mode and without gradients, the inputs
+            included: ``"2 MB"``, ``"512 KiB"`` or an int.
+        weights: bytes of all parameters and buffers, which is what a file of the weights holds.
+        latency: time of one forward pass, measured where ``latency=tcp.Latency(...)`` says: ``"4 ms"`` or ``"350 us"``.
+            A bare number above 1 is refused, for it has no unit.
+        precision: what ``memory`` and ``weights`` count floating-point numbers at: ``"fp32"``, ``"fp16"``, ``"bf16"``
+            or ``"int8"``; None for what the model has them in.
+        batch: samples for which ``memory`` is counted.
 
     Example:
         >>> Budget(macs=0.5, params="60%").resolve({"macs": 1000, "params": 100})
@@ -43,15 +63,24 @@ class Budget:
     macs: float | int | str | None = None
     params: float | int | str | None = None
     flops: float | int | str | None = None
+    memory: float | int | str | None = None
+    weights: float | int | str | None = None
+    latency: float | str | None = None
+    precision: str | None = None
+    batch: int = 1
 
     def __post_init__(self) -> None:
-        if all(getattr(self, field.name) is None for field in fields(self)):
+        if not self._bounds():
             raise BudgetError(
-                "the budget is empty: give at least one of macs, params, flops, for example Budget(macs=0.5)."
+                "the budget is empty: give at least one of macs, params, flops, memory, weights, latency, for example "
+                "Budget(macs=0.5)."
             )
-        for field in fields(self):
-            if getattr(self, field.name) is not None:
-                _parse(field.name, getattr(self, field.name))
+        for key, value in self._bounds().items():
+            _parse(key, value)
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise BudgetError(f"budget precision={self.precision!r}; it must be one of {', '.join(PRECISIONS)}.")
+        if isinstance(self.batch, bool) or not isinstance(self.batch, Integral) or self.batch < 1:
+            raise BudgetError(f"budget batch={self.batch!r}; it must be an int of at least 1.")
 
     @classmethod
     def of(cls, value: Budget | Mapping) -> Budget:
@@ -67,52 +96,137 @@ class Budget:
             raise BudgetError(f"unknown budget key {unknown[0]!r}; allowed keys are {allowed}.")
         return cls(**value)
 
-    def resolve(self, dense: Mapping[str, int]) -> dict[str, int]:
-        """Return the bounds as absolute integers, ``{"macs": int, "params": int}`` with only the budgeted keys.
+    def resolve(self, dense: Mapping[str, float]) -> dict[str, float]:
+        """Return the bounds as absolute numbers, with only the budgeted keys among macs, params, memory, weights
+        (ints; the latter two in bytes) and latency (a float, in milliseconds).
 
         ``dense`` is the cost of the dense network. Fractions are rounded down, so that a network within the returned
         bound is within the fraction. ``flops`` becomes a bound on macs (the stricter one if both are given).
         """
-        bounds: dict[str, int] = {}
-        for key, cost, unit in (("macs", "macs", 1), ("flops", "macs", 2), ("params", "params", 1)):
-            if (value := getattr(self, key)) is None:
-                continue
-            value = _parse(key, value)
-            bound = math.floor(value * dense[cost] + 1e-6) if isinstance(value, float) else value // unit
+        bounds: dict[str, float] = {}
+        for key, value in self._bounds().items():
+            cost = "macs" if key == "flops" else key
+            bound = _parse(key, value)
+            if isinstance(bound, Fraction):
+                bound = bound.of(dense[cost])
+            elif key == "flops":
+                bound //= 2
             bounds[cost] = min(bound, bounds.get(cost, bound))
         return bounds
 
     def as_dict(self) -> dict[str, float | int | str]:
-        """Return the bounds as they were given, without the absent ones."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        """Return what was given, without what is absent or as it is by default."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def _bounds(self) -> dict[str, float | int | str]:
+        names = [field.name for field in fields(self) if field.name not in ("precision", "batch")]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def amount(name: str, value: float) -> str:
+    """Return a cost as text, with its unit where it has one."""
+    if name == "latency":
+        return f"{value:.4g} ms"
+    return f"{value:,} B" if name in ("memory", "weights") else f"{value:,}"
+
+
+class Fraction(float):
+    """A bound that is a share, in (0, 1], of the dense network's cost."""
+
+    def of(self, dense: float) -> float:
+        """Return the bound: rounded down where the cost is an integer."""
+        return math.floor(self * dense + 1e-6) if isinstance(dense, int) else self * dense
+
+
+_ABSOLUTE = {"latency": "a time as '4 ms', '350 us' or '0.004 s'"}
+_ABSOLUTE |= dict.fromkeys(("memory", "weights"), "bytes as an int or as '500 kB', '2 MB', '512 KiB'")
 
 
 def _parse(key: str, value: float | int | str) -> float | int:
-    """Return a fraction in (0, 1] as float, or an absolute bound >= 1 as int."""
-    how = (
-        f"give a fraction of the dense network as a float in (0, 1] or as '40%', or an absolute number as an int or "
-        f"as '60M'; got {key}={value!r}."
-    )
+    """Return a :class:`Fraction`, or an absolute bound: an int of at least 1, for latency milliseconds as a float."""
+    absolute = _ABSOLUTE.get(key, "an absolute number as an int or as '60M'")
+    how = f"give a fraction of the dense network as a float in (0, 1] or as '40%', or {absolute}; got {key}={value!r}."
     number = value
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([%kKmMgGbBtT]?)\s*", value)
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([^\W\d_]*|%)\s*", value)
         if match is None:
             raise BudgetError(f"budget {key} is not a number: {how}")
         digits, suffix = match.groups()
+        whole = "." not in digits and float(digits).is_integer()
         if suffix == "%":
             number = float(digits) / 100
-        elif suffix or ("." not in digits and float(digits).is_integer()):
-            number = round(float(digits) * _SUFFIX[suffix.lower()])
+        elif not suffix:
+            number = int(float(digits)) if whole else float(digits)
+        elif (unit := _units(key).get(suffix)) is None:
+            raise BudgetError(f"budget {key} is not a number: {how}")
+        elif key == "latency" and float(digits) > 0:
+            return float(digits) * unit
         else:
-            number = float(digits)
+            number = round(float(digits) * unit)
     if isinstance(number, bool) or not isinstance(number, Real) or number != number:
         raise BudgetError(f"budget {key} is not a number: {how}")
-    number = int(number) if isinstance(number, Integral) else float(number)  # numpy's, too
     if number <= 0:
         raise BudgetError(f"budget {key} must be positive: {how}")
-    if isinstance(number, float) and number > 1:
+    if isinstance(number, Integral) and key != "latency":
+        return int(number)  # numpy's, too
+    if key == "latency" and (number > 1 or isinstance(number, Integral)):
+        raise BudgetError(f"budget {key} has no unit: {how}")
+    if number > 1:
         raise BudgetError(f"budget {key} is a fraction above 1: {how}")
-    return number
+    return Fraction(number)
+
+
+def _units(key: str) -> dict[str, float]:
+    if key == "latency":
+        return _MILLISECONDS
+    if key in ("memory", "weights"):
+        return _BYTES
+    return _SUFFIX | {suffix.upper(): factor for suffix, factor in _SUFFIX.items()}
+
+
+class Cost(Protocol):
+    """All that ranking and filling need of a cost, or of several at once."""
+
+    def exact(self, open_units: Tensor | None = None) -> dict[str, float]:
+        """Return each cost of the network that keeps ``open_units`` (bool ``[units]``; all by default).
+
+        It must not fall when a unit is added.
+        """
+
+    def marginal(self, z: Tensor) -> dict[str, Tensor]:
+        """Return, per cost, about what each unit costs while the others stay at ``z`` (binary), float64 ``[units]``.
+
+        0 for a unit that costs nothing more. What is meant by "about" is the cost's to say; nothing is ever taken for
+        within a bound on its account.
+        """
+
+    def price(self, bounds: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return, per cost, what a unit of the dense network is charged when units are ranked for ``bounds``."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Several costs, looked at as one; each has names of its own."""
+
+    parts: tuple[Cost, ...]
+
+    @classmethod
+    def of(cls, parts: Iterable[Cost]) -> Cost:
+        """Return the cost of all parts together."""
+        parts = tuple(parts)
+        return parts[0] if len(parts) == 1 else cls(parts)
+
+    def exact(self, open_units: Tensor | None = None) -> dict[str, float]:
+        """Return each cost, see :class:`Cost`."""
+        return {name: value for part in self.parts for name, value in part.exact(open_units).items()}
+
+    def marginal(self, z: Tensor) -> dict[str, Tensor]:
+        """Return what each unit costs, see :class:`Cost`."""
+        return {name: value for part in self.parts for name, value in part.marginal(z).items()}
+
+    def price(self, bounds: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return what each unit is charged, see :class:`Cost`."""
+        return {name: value for part in self.parts for name, value in part.price(bounds).items()}
 
 
 @dataclass(frozen=True)
@@ -163,6 +277,10 @@ class CostModel:
             result[name] = gradient - (2 * z - 1) * self._cross[name]
         return result
 
+    def price(self, bounds: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return what each unit costs in the dense network, whatever the bounds."""
+        return self.marginal(torch.ones(self.units))
+
     def __post_init__(self) -> None:
         entries = (self.times.numpy(), (self.rows.numpy(), self.columns.numpy()))
         matrix = csr_array(entries, shape=(len(self.fixed), self.units))
@@ -176,12 +294,12 @@ class CostModel:
 class CostBuilder:
     """Collects terms for a :class:`CostModel` over ``units`` units; equal channel counts are stored once."""
 
-    def __init__(self, units: int) -> None:
+    def __init__(self, units: int, names: Iterable[str] = COSTS) -> None:
         self.units = units
         self._ids: dict[bytes, int] = {}
         self._fixed: list[float] = []
         self._entries: list[tuple[Tensor, Tensor]] = []
-        self._terms: dict[str, list[tuple[float, int, int]]] = {name: [] for name in COSTS}
+        self._terms: dict[str, list[tuple[float, int, int]]] = {name: [] for name in names}
 
     def add(self, cost: str, scale: float, left: Tensor | None = None, right: Tensor | None = None) -> None:
         """Add ``scale * count(left) * count(right)``; a side lists units (int64, -1: fixed), None counts 1."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .channels import Channels
-from .cost import CostModel
+from .cost import Cost
 
 
 def required_units(channels: Channels, min_width: int, multiple: int = 1) -> Tensor:
@@ -32,16 +32,20 @@ def required_units(channels: Channels, min_width: int, multiple: int = 1) -> Ten
 
 
 def fill(
-    channels: Channels, score: Tensor, bounds: Mapping[str, float], min_width: int = 1, multiple: int = 1
+    channels: Channels,
+    score: Tensor,
+    bounds: Mapping[str, float],
+    min_width: int = 1,
+    multiple: int = 1,
+    cost: Cost | None = None,
 ) -> Tensor:
     """Return the units that win, bool ``[units]``: within every bound, and nothing that is left out would still fit.
 
     The ``min_width`` best units of each family come first, then all others from the best ``score`` (float
     ``[units]``) down; one that does not fit is skipped. With ``multiple`` the units of a family win and lose in blocks
-    of so many, by their mean score: its width is a multiple, or what it was. ``bounds`` must not be below the cost of
-    :func:`required_units`.
+    of so many, by their mean score: its width is a multiple, or what it was. ``cost`` is what ``bounds`` are on, macs
+    and params by default; they must not be below the cost of :func:`required_units`.
     """
-    model = channels.cost_model
     score = score.double().where(channels.prunable, torch.inf)
     order = score.argsort(descending=True, stable=True)
     first, block = _blocks(channels, order, min_width, multiple)
@@ -49,24 +53,7 @@ def fill(
         worth = torch.zeros_like(score).index_add_(0, block, score) / torch.bincount(block, minlength=len(score))
         order = block.argsort(stable=True)
         order = order[worth[block[order]].argsort(descending=True, stable=True)]
-    order = torch.cat([order[first[order]], order[~first[order]]])
-    ends = torch.arange(1, len(order) + 1)
-    if block is not None:
-        ends = ends[torch.cat([block[order].diff() != 0, torch.tensor([True])])]
-
-    def head(blocks: int) -> Tensor:
-        winning = torch.zeros_like(first)
-        winning[order[: ends[blocks - 1] if blocks else 0]] = True
-        return winning
-
-    # the longest head of the order that fits, by bisection: cost grows with it
-    low, high = int((ends <= first.sum()).sum()), len(ends)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if _fits(model, head(middle), bounds) else (low, middle - 1)
-    winning = head(low)
-    rest = order[~winning[order]]
-    return _top_up(model, winning, rest, bounds, block)
+    return _top_up(channels.cost_model if cost is None else cost, first, order[~first[order]], bounds, block)
 
 
 def _blocks(channels: Channels, order: Tensor, min_width: int, multiple: int) -> tuple[Tensor, Tensor | None]:
@@ -85,47 +72,59 @@ def _blocks(channels: Channels, order: Tensor, min_width: int, multiple: int) ->
     return torch.zeros_like(first).index_fill_(0, block[first], True)[block], block
 
 
-def _fits(model: CostModel, winning: Tensor, bounds: Mapping[str, float]) -> bool:
-    cost = model.exact(winning)
-    return all(cost[name] <= bound for name, bound in bounds.items())
+def _fits(cost: Cost, winning: Tensor, bounds: Mapping[str, float]) -> bool:
+    found = cost.exact(winning)
+    return all(found[name] <= bound for name, bound in bounds.items())
 
 
 def _top_up(
-    model: CostModel, winning: Tensor, rest: Tensor, bounds: Mapping[str, float], block: Tensor | None = None
+    cost: Cost, winning: Tensor, rest: Tensor, bounds: Mapping[str, float], block: Tensor | None = None
 ) -> Tensor:
     """Return ``winning`` with the first block of ``rest`` (unit indices, best first) that still fits added, and so on;
     without ``block`` each unit is one.
     """
     while len(rest):
-        cost, extra = model.exact(winning), model.marginal(winning)
+        of = rest if block is None else block[rest]
+        ends = torch.cat([of.diff().nonzero().flatten() + 1, torch.tensor([len(of)])])
+
+        def head(blocks: int, winning: Tensor = winning, rest: Tensor = rest, ends: Tensor = ends) -> Tensor:
+            return winning.index_fill(0, rest[: ends[blocks - 1]], True) if blocks else winning
+
+        # the longest head that fits: cost grows with it. The block after it does not fit and never will.
+        low, high = 0, len(ends)
+        while low < high:
+            middle = min(2 * low + 1, (low + high + 1) // 2)  # doubled, then bisected: late ones are short
+            low, high = (middle, high) if _fits(cost, head(middle), bounds) else (low, middle - 1)
+        winning, rest = head(low), rest[ends[low] :] if low < len(ends) else rest[:0]
+        found, extra = cost.exact(winning), cost.marginal(winning)
         room = torch.ones(len(rest), dtype=torch.bool)
         for name, bound in bounds.items():
             least = extra[name][rest]
             if block is not None:  # at least: units of a block that meet in a layer cost more together
                 least = torch.zeros_like(extra[name]).index_add_(0, block[rest], least)[block[rest]]
-            room &= cost[name] + least <= bound
-        rest = rest[room]  # what does not fit now never will: costs only grow
-        if len(rest):
-            together = rest == rest[0] if block is None else block[rest] == block[rest[0]]
-            more = winning.index_fill(0, rest[together], True)
-            winning = more if block is None or _fits(model, more, bounds) else winning
-            rest = rest[~together]
+            room &= found[name] + least <= bound
+        rest = rest[room]  # what does not fit now never will
     return winning
 
 
 def tighten(
-    channels: Channels, winning: Tensor, score: Tensor, bounds: Mapping[str, float], min_width: int = 1
+    channels: Channels,
+    winning: Tensor,
+    score: Tensor,
+    bounds: Mapping[str, float],
+    min_width: int = 1,
+    cost: Cost | None = None,
 ) -> Tensor:
     """Return ``winning`` with single units exchanged until a bound is used to 99.9 %, as far as that is possible.
 
     Matters where one unit costs more than what is left. Each exchange takes the worst open unit of one family for the
     best closed unit of another, and is the one that fills the bounds best.
     """
-    model = channels.cost_model
+    model = channels.cost_model if cost is None else cost
 
     def used(open_units: Tensor) -> float:
-        cost = model.exact(open_units)
-        return max(cost[name] / bound for name, bound in bounds.items())
+        found = model.exact(open_units)
+        return max(found[name] / bound for name, bound in bounds.items())
 
     for _ in range(50):
         if used(winning) >= 0.999:
@@ -141,9 +140,9 @@ def tighten(
         if not leaving or not entering:
             break
         out, into = torch.stack(leaving), torch.stack(entering)
-        cost, extra = model.exact(winning), model.marginal(winning)
+        found, extra = model.exact(winning), model.marginal(winning)
         filled = torch.stack(
-            [(cost[name] - extra[name][out][:, None] + extra[name][into]) / bound for name, bound in bounds.items()]
+            [(found[name] - extra[name][out][:, None] + extra[name][into]) / bound for name, bound in bounds.items()]
         ).amax(0)
         # The two marginal costs add up but for units that meet in one layer: the most promising ones are recounted.
         best = winning

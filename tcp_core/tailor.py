@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .channels import Channels
 from .controller import Controller
-from .cost import Budget
+from .cost import Budget, amount
 from .gates import Gated
 from .removal import check_same_model, remove
 from .tracing import trace
@@ -159,7 +159,7 @@ class Tailor(Gated):
     def report(self) -> Report:
         """Return requested, current, floor and dense cost, utilisation, strength and widths, as a dict that prints."""
         controller = self.controller
-        current = self.channels.cost(self.open_units)
+        current = controller.cost_model.exact(self.open_units)
         return Report(
             requested=self.budget.as_dict(),
             bounds=dict(controller.bounds),
@@ -191,9 +191,11 @@ class Report(dict):
         for name, dense in self["dense"].items():
             bound = self["bounds"].get(name)
             rows.append(
-                f"{name:8}{dense:>16,}{'-' if bound is None else format(bound, ','):>16}{self['current'][name]:>16,}"
+                f"{name:8}{amount(name, dense):>16}{'-' if bound is None else amount(name, bound):>16}"
+                f"{amount(name, self['current'][name]):>16}"
                 f"{self['current'][name] / dense:>10.2%}"
-                f"{'-' if bound is None else format(self['utilisation'][name], '.2%'):>11}{self['floor'][name]:>14,}"
+                f"{'-' if bound is None else format(self['utilisation'][name], '.2%'):>11}"
+                f"{amount(name, self['floor'][name]):>14}"
             )
         state = "frozen" if self["frozen"] else f"strength {self['strength']:.2g}"
         narrow = [name for name, width in self["widths"].items() if width < 8 <= self["dense_widths"][name]]

@@ -53,6 +53,52 @@ def test_what_a_budget_means(given, bounds):
     assert Budget.of(given).as_dict() == given
 
 
+@pytest.mark.parametrize(
+    ("given", "bounds"),
+    [
+        ({"memory": "2 MB"}, {"memory": 2_000_000}),
+        ({"memory": "0.5MiB"}, {"memory": 524_288}),
+        ({"weights": "1.5 kB"}, {"weights": 1_500}),
+        ({"weights": 700}, {"weights": 700}),
+        ({"weights": "25%", "memory": 0.5}, {"weights": 250, "memory": 1_000_000}),
+        ({"latency": "4 ms"}, {"latency": 4.0}),
+        ({"latency": "350us"}, {"latency": 0.35}),
+        ({"latency": "350 \u00b5s"}, {"latency": 0.35}),
+        ({"latency": "0.004 s"}, {"latency": 4.0}),
+        ({"latency": "50 %"}, {"latency": 4.5}),
+        ({"latency": 0.5}, {"latency": 4.5}),
+    ],
+)
+def test_what_bytes_and_times_mean(given, bounds):
+    budget = Budget.of(given)
+    assert budget.resolve({"memory": 2_000_001, "weights": 1_000, "latency": 9.0}) == pytest.approx(bounds)
+    assert budget.as_dict() == given
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"memory": "2 Mb"}, r"memory is not a number: .* bytes as an int or as '500 kB', '2 MB'.* got memory='2 Mb'"),
+        ({"memory": "2M"}, "memory is not a number"),
+        ({"weights": "4 ms"}, "weights is not a number"),
+        ({"memory": 1.5}, "memory is a fraction above 1"),
+        ({"latency": 4}, r"latency has no unit: .* a time as '4 ms', '350 us' or '0.004 s'; got latency=4"),
+        ({"latency": "4"}, "latency has no unit"),
+        ({"latency": 4.0}, "latency has no unit"),
+        ({"latency": "4 m"}, "latency is not a number"),
+        ({"latency": "4 MB"}, "latency is not a number"),
+        ({"latency": "0 ms"}, "latency must be positive"),
+        ({"macs": "4 ms"}, "macs is not a number"),
+        ({"memory": 0.5, "precision": "int3"}, "precision='int3'; it must be one of fp32, fp16, bf16, int8"),
+        ({"memory": 0.5, "batch": 0}, "batch=0; it must be an int of at least 1"),
+        ({"precision": "int8"}, "the budget is empty"),
+    ],
+)
+def test_bytes_and_times_without_their_units_are_refused(given, message):
+    with pytest.raises(BudgetError, match=message):
+        Budget.of(given)
+
+
 @given(
     percent=st.decimals(min_value="0.01", max_value=100, places=2),
     dense=st.integers(1, 10**10),

@@ -212,7 +212,7 @@ class OneShot(nn.Module):
 
     def report(self) -> Report:
         """Return what :meth:`tcp_core.Tailor.report` returns, and ``cost_before_fill``."""
-        current = self.channels.cost(self.open_units)
+        current = self.limits.cost_model.exact(self.open_units)
         return Report(
             requested=self.budget.as_dict(),
             bounds=dict(self.limits.bounds),
@@ -245,8 +245,8 @@ class OneShot(nn.Module):
                 "a unit's score is not a number: weights or gradients of the model are not finite."
             )
         bounds, min_width = self.limits.bounds, self.limits.min_width
-        winning = fill(self.channels, score, bounds, min_width)
-        return tighten(self.channels, winning, score, bounds, min_width)
+        winning = fill(self.channels, score, bounds, min_width, cost=self.limits.cost_model)
+        return tighten(self.channels, winning, score, bounds, min_width, self.limits.cost_model)
 
     def _prune(self, optimizer: torch.optim.Optimizer | None) -> None:
         kept = self._choose()

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .codes import compact, labels_in, varies
+from .liveness import Liveness
 
 LARGE = 1 << 20
 """A parameter with more entries than this is not followed entry by entry."""
@@ -78,6 +79,7 @@ class Identities(TorchDispatchMode):
         calls: macs as (scale, labels of inputs, labels of outputs); constant_macs: those of activations with
             activations.
         pads: padding modules that add channels, with the place of the amounts and the labels before and after.
+        liveness: which activations are alive when, in the eval run.
     """
 
     def __init__(self, model: nn.Module, rule_of: Callable[[Any, str], Rule]) -> None:
@@ -111,6 +113,7 @@ class Identities(TorchDispatchMode):
         self.storages: dict[int, list[weakref.ref]] = {}
         self.stack: list[nn.Module] = []
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.liveness = Liveness(self.model, inputs) if self.counting else None
         self.names = WeakTensorKeyDictionary()
         for name, tensor in (*self.model.named_buffers(), *self.model.named_parameters()):
             self.names[tensor] = name
@@ -151,6 +154,8 @@ class Identities(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.counting:
+            self.liveness.before()
         out = func(*args, **kwargs)
         call = Call(func, func._schema.name.split("::")[-1], args, kwargs, out)
         if call.name not in ("detach", "alias"):
@@ -159,6 +164,8 @@ class Identities(TorchDispatchMode):
                 if tensor is not normalised:
                     self.consume(tensor)
         self.rule_of(func, call.name)(self, call)
+        if self.counting:
+            self.liveness.after((tensor, self.codes.get(tensor)) for tensor in call.outputs)
         return out
 
     # What rules read and write

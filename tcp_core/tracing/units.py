@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..channels import Channels, Family, GateSite, Layer, Padding
 from ..cost import CostBuilder, CostModel
+from ..memory import Activations, Storage
 from ..removal import tensor_shapes
 from .identities import Identities
 
@@ -73,6 +74,8 @@ class Units:
             paddings=tuple(Padding(m, at, self.of(front), self.of(back)) for m, (at, front, back) in ids.pads.items()),
             shapes=tensor_shapes(ids.model),
             cost_model=cost_model,
+            state=self._state(),
+            activations=self._activations(),
             example=example,
         )
 
@@ -122,6 +125,22 @@ class Units:
             fixed = math.prod(size for size, units in zip(parameter.shape, dims, strict=True) if units is None)
             builder.add("params", fixed, *(units for units in dims if units is not None))
         return builder.build()
+
+    def _state(self) -> CostModel:
+        """Return the bytes of parameters and buffers, by item size of floating-point numbers ("0": of all others)."""
+        tensors = [*self.ids.model.named_parameters(), *self.ids.model.named_buffers()]
+        sizes = [str(tensor.element_size()) if tensor.is_floating_point() else "0" for _, tensor in tensors]
+        builder = CostBuilder(len(self.frozen), sorted(set(sizes)))
+        for (name, tensor), size in zip(tensors, sizes, strict=True):
+            dims = self.slots.get(name, (None,) * tensor.ndim)
+            fixed = math.prod(n for n, units in zip(tensor.shape, dims, strict=True) if units is None)
+            builder.add(size, fixed * tensor.element_size(), *(units for units in dims if units is not None))
+        return builder.build()
+
+    def _activations(self) -> Activations:
+        alive = self.ids.liveness
+        storages = [Storage(size, itemsize, self.of(labels)) for size, itemsize, labels in alive.storages]
+        return Activations(len(self.frozen), storages, [sorted(moment) for moment in alive.moments])
 
 
 def _tensor(ids: Identities, name: str) -> Tensor:
