@@ -76,6 +76,20 @@ def test_mean_spread_and_differences_by_hand(monkeypatch):
     assert total.loc["dense at 50 % macs", "reached"] == "no"
 
 
+@pytest.mark.parametrize(
+    ("steps", "frozen_at", "cost"),
+    [
+        (None, None, 8),  # dense
+        (100, 1, 8 * 0.3),  # small from the first step on
+        (100, 15, 8 * (0.15 + 0.85 * 0.3)),
+        (100, 50, 8 * (0.5 + 0.5 * 0.3)),
+        (float("nan"), float("nan"), 8),
+    ],
+)
+def test_training_costs_what_its_networks_cost(steps, frozen_at, cost):
+    assert tables.training_cost(8, 0.3, steps, frozen_at) == pytest.approx(cost)
+
+
 def test_the_overview_has_a_column_for_each_budget(monkeypatch):
     rows = [run(seed=seed, test_accuracy=value) for seed, value in enumerate((0.90, 0.92))]
     rows += [run(**DENSE), run(method="taylor", **{"budget.macs": 0.3}), run(**{"budget.params": 0.5})]
@@ -269,13 +283,16 @@ def figures(study):
         "pareto": lambda: study_plots.pareto_figure(rows),
         "differences": lambda: study_plots.difference_figure(pairs[pairs[first[0]].eq(first[1]).all(axis=1)]),
         "adaptation": lambda: study_plots.adaptation_figure(pairs),
+        "training_cost": lambda: study_plots.training_cost_figure(rows),
         "utilisation": lambda: study_plots.utilisation_figure(tables.delivered(study)),
         "widths": lambda: study_plots.widths_figure(FIXTURE, ours),
         "published": lambda: study_plots.published_figure(beside[beside["network"] == "resnet56"], published),
     }
 
 
-@pytest.mark.parametrize("name", ["pareto", "differences", "adaptation", "utilisation", "widths", "published"])
+@pytest.mark.parametrize(
+    "name", ["pareto", "training_cost", "differences", "adaptation", "utilisation", "widths", "published"]
+)
 def test_figures_are_the_same_each_time_and_all_their_words_are_inside(study, name):
     before = dict(mpl.rcParams)
     one, other = (figures(study)[name]() for _ in range(2))

@@ -81,7 +81,8 @@ PAGES = {
         "Mean and standard deviation (sd) over n seeds; the test images were read once a run, at its end. Within a "
         "part only the method differs: same data, start, epochs, schedule and recipe. The budget is the cost that was "
         "asked for, as a share of the dense network's; macs and params are what was delivered. Differences are to the "
-        "dense network of the same part; times are compared where both ran on the same kind of machine.",
+        "dense network of the same part; times are compared where both ran on the same kind of machine. Training cost "
+        "is multiply-accumulates times images, forward and backward, in epochs of the dense network.",
         GROUP,
     ),
     "summary": (
@@ -135,7 +136,7 @@ DIGITS = {
     ),
     **dict.fromkeys(("flops_reduction", "params_reduction", "baseline"), 2),
     **dict.fromkeys(("n", "n_rival", "seconds", "seconds_of_dense", "seed", "pairs", "wins", "losses"), 0),
-    **{"requested": 1, "goal": 1, "largest_gate": 4},
+    **{"requested": 1, "goal": 1, "training_cost": 2, "largest_gate": 4},
 }
 IN_CSV = ("recipe", "machine", "requested_macs", "requested_params", "before_macs", "before_params", "se_pooled")
 SIGNED = ("delta_dense", "difference", "change", "goal")
@@ -146,6 +147,7 @@ HEADINGS = {
     "macs": "macs, % of dense",
     "params": "params, % of dense",
     "utilisation": "budget used, %",
+    "training_cost": "training cost, dense epochs",
     "seconds": "training, s",
     "seconds_of_dense": "training, % of dense",
     "rival": "against",

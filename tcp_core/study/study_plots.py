@@ -38,16 +38,20 @@ LOOK = {
 OTHER = ("#A3A3A3", "h")
 
 
-def groups(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def groups(table: pd.DataFrame, *, by_length: bool = True) -> dict[str, pd.DataFrame]:
     """Return the rows of each `pages.GROUP`, by a name that suits a file, such as "resnet20-cifar10-jpeg-scratch-e15".
 
-    Groups that differ in nothing but the recipe are numbered.
+    Groups that differ in nothing but the recipe are numbered. Without `by_length` runs of all lengths are one group.
     """
     named = {}
-    for (data, network, setting, epochs, _), rows in table.groupby(GROUP, sort=False):
-        name = f"{network}-{data.replace(' ', '')}-{setting.replace('network', '').split()[-1]}-e{epochs:g}"
-        same = sum(other.split("_recipe")[0] == name for other in named)
-        named[f"{name}_recipe{same + 1}" if same else name] = rows
+    same = GROUP if by_length else [name for name in GROUP if name != "epochs"]
+    for _, rows in table.groupby(same, sort=False):
+        first = rows.iloc[0]
+        setting = first["setting"].replace("network", "").split()[-1]
+        length = f"-e{first['epochs']:g}" * by_length
+        name = f"{first['network']}-{first['data'].replace(' ', '')}-{setting}{length}"
+        before = sum(other.split("_recipe")[0] == name for other in named)
+        named[f"{name}_recipe{before + 1}" if before else name] = rows
     return named
 
 
@@ -88,6 +92,37 @@ def pareto_figure(table: pd.DataFrame) -> Figure:
         axes.set(xlabel="macs left, % of dense (smaller networks to the right)", ylabel="test accuracy, %")
         _name_right(axes, labels)
         return _titled(fig, "Accuracy against cost", f"{where}; {_bars(table)}")
+
+
+def training_cost_figure(table: pd.DataFrame) -> Figure:
+    """Draw test accuracy against the cost of training, one panel a budget on macs, for rows of the table `accuracy`.
+
+    They may be of several lengths: a method's points are joined in the order of theirs. Budgets at which nothing was
+    compared are left out.
+    """
+    table = table[table["budget"].str.fullmatch(r"[\d.]+ % macs")]
+    table = table[table.groupby("budget")["method"].transform("nunique") > 1]
+    require("the table of accuracy, for two methods at one budget on macs,", table, GROUP)
+    budgets = list(table.groupby("budget", sort=False))
+    several = table.groupby("method")["options"].nunique() > 1  # then options tell them apart
+    with style():
+        size = (max(6.4, 1.2 + 3.2 * len(budgets)), 4.4)
+        fig, panels = plt.subplots(1, len(budgets), figsize=size, sharey=True, squeeze=False)
+        lines = {}
+        for axes, (budget, rows) in zip(panels[0], budgets, strict=True):
+            for (method, options), points in rows.groupby(["method", "options"], sort=False):
+                color, marker = LOOK.get(method, OTHER)
+                points = points.sort_values("epochs")
+                look = {"lw": 2.2, "ms": 8, "zorder": 5} if method == "tailored" else {"lw": 1.1, "ms": 6, "zorder": 3}
+                name = _method(method, options if several[method] else "")
+                x, y, bars = points["training_cost"], points["accuracy"], points["sd"].fillna(0)
+                drawn = axes.errorbar(x, y, bars, color=color, marker=marker, elinewidth=1.2, capsize=2.5, **look)
+                lines.setdefault(name, drawn)
+            axes.set_title(budget, fontsize=10)
+            axes.set(xlim=(0, 1.12 * rows["training_cost"].max()), xlabel="training, in epochs of the dense network")
+        panels[0, 0].set_ylabel("test accuracy, %")
+        fig.legend(lines.values(), lines, loc="outside lower center", ncols=min(len(lines), 2 + len(budgets) // 2))
+        return _titled(fig, "Accuracy against the cost of training", f"{_where(table)}; {_bars(table)}")
 
 
 def difference_figure(pairs: pd.DataFrame) -> Figure:
@@ -266,7 +301,7 @@ def _method(method, options):
 
 
 def _where(table):
-    return heading({name: table[name].iloc[0] for name in GROUP[:-1]})
+    return heading({name: table[name].iloc[0] for name in GROUP[:-1] if table[name].nunique() == 1})
 
 
 def _bars(table):

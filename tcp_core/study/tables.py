@@ -51,7 +51,8 @@ def study(root: str | Path, defaults: Mapping | None = None) -> pd.DataFrame:
 
     Columns: `KEY`, run, searched (it compared controllers), seed, accuracy (test), val_accuracy, macs and params
     (percent of dense), requested and before of each cost (percent of dense; `before`: what a sparsity-training method
-    had left open by itself), utilisation (of the binding budget), largest_gate, seconds, machine. `defaults` stand in
+    had left open by itself), utilisation (of the binding budget), largest_gate, training_cost (epochs of the dense
+    network, see `training_cost`), seconds, machine. `defaults` stand in
     for parameters that a run does not have. Raises what `results.read_runs` does.
     """
     rows = read_runs(root).to_dict("records")
@@ -65,7 +66,7 @@ def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
     count as one, their mean. `seconds_of_dense` is missing where the two did not run on the same kind of machine.
     """
     runs = runs[~runs["searched"]]
-    numbers = ["accuracy", *COSTS, *_each("requested"), *_each("before"), "utilisation", "seconds"]
+    numbers = ["accuracy", *COSTS, *_each("requested"), *_each("before"), "utilisation", "training_cost", "seconds"]
     seeds = runs.groupby([*KEY, "seed"], dropna=False).agg(dict.fromkeys(numbers, "mean") | {"machine": _texts})
     by_key = seeds.reset_index().groupby(KEY)
     table = by_key[numbers].mean()
@@ -81,6 +82,20 @@ def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
     relative = relative.where(table["machine"] == beside["machine"])
     table.insert(list(table).index("machine"), "seconds_of_dense", relative)
     return _in_order(table)
+
+
+def training_cost(epochs: float, macs: float, steps: float | None, frozen_at: float | None) -> float:
+    """Return what a run costs, in epochs of the dense network: multiply-accumulates times images, forward and backward.
+
+    `macs` is the tailored network's share of the dense one's, `frozen_at` the step of `steps` after which it was made
+    smaller. Backward costs twice what forward does in both networks, so the factor of 3 cancels. What is pruned before
+    the first step (`frozen_at` 1) is trained small throughout; its ranking, some hundred batches, is not counted, nor
+    is what made the weights that a run starts from.
+    """
+    if absent(steps) or absent(frozen_at):
+        return float(epochs)
+    dense = frozen_at / steps if frozen_at > 1 else 0.0
+    return epochs * (dense + (1 - dense) * macs)
 
 
 def overview(table: pd.DataFrame) -> pd.DataFrame:
@@ -265,6 +280,9 @@ def _run(row, defaults):
         **{f"before_{cost}": _percent(row.get(f"cost_before_fill.{cost}")) / row[f"dense_{cost}"] for cost in COSTS},
         "utilisation": 100 * max(used, default=np.nan),
         "largest_gate": _percent(row.get("largest_gate_removed")) / 100,
+        "training_cost": training_cost(
+            given.get("epochs", 0), row["macs"] / row["dense_macs"], row.get("steps"), row.get("frozen_at_step")
+        ),
         "seconds": row["seconds_train"],
         "machine": f"{row.get('device')}, {row.get('threads', 0):g} threads",
     }
