@@ -108,5 +108,5 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --without-pip .venv && \
 		$(PYTHON) -m pip --python .venv/bin/python install pip; }
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install --editable '.[study,test]'
+	$(BIN)/python -m pip install --editable '.[deploy,study,test]'
 	@touch $@

@@ -1,12 +1,13 @@
 """Tailored channel pruning: one training run that ends in a smaller network of exactly the budget.
 
 Three lines in a training loop (`Tailor`), one call without one (`fit`), or the parts: `trace`, `Channels.cost`,
-`close`, `remove`, `save`, `load`.
+`close`, `remove`, `save`, `load`, and `export` for other runtimes.
 """
 
 from .channels import Channels
 from .controller import Controller
 from .cost import Budget, BudgetError
+from .deploy import ExportError, export
 from .gates import close
 from .removal import RemovalError, remove
 from .storage import FileError, load, save
@@ -19,6 +20,7 @@ __all__ = [
     "BudgetError",
     "Channels",
     "Controller",
+    "ExportError",
     "FileError",
     "FitResult",
     "RemovalError",
@@ -26,6 +28,7 @@ __all__ = [
     "Tailor",
     "close",
     "evaluate",
+    "export",
     "fit",
     "load",
     "remove",

@@ -21,7 +21,7 @@ CORE = (
     *("cost", "memory", "channels", "gates", "removal", "tracing", "selection", "controller", "tailor", "storage"),
     "nets",
 )
-AROUND = ("datasets", "training", "study")
+AROUND = ("deploy", "datasets", "training", "study")
 
 
 def imported(tree, package="tcp_core"):

@@ -1,0 +1,291 @@
+"""A network as a file that other runtimes read: ONNX, or torch.export's archive. Checked before it is there."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import math
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..gates import Gated
+from ..removal import to_model
+from .folding import folded
+
+NEEDED = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}
+
+
+class ExportError(RuntimeError):
+    """A network that cannot be exported, or a file that does not compute what the network computes."""
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    example: Any,
+    *,
+    dynamic: bool = True,
+    tolerance: float = 1e-4,
+) -> Path:
+    """Write ``model`` for other runtimes to ``path`` and return the path: ONNX (``.onnx``) or torch.export's archive
+    (``.pt2``).
+
+    The network is written as it computes in eval mode on the CPU, with batch norms folded into the convolution or
+    linear layer before them. What was written is run, ONNX by onnxruntime, on the example and on random inputs like
+    it, one sample and several at once; only if all outputs agree with torch's is there a file. An older file of that
+    name is replaced at once or stays. ``model`` itself is untouched, its train or eval mode too.
+
+    Args:
+        model: a plain network, tailored or dense, in any mode and on any device. A Tailor is refused: export what its
+            ``finish()`` returns.
+        path: where to; missing folders are made. Its suffix says the format.
+        example: what the model is called with: a tensor with the batch in dimension 0, a tuple of positional
+            inputs or a dict of keyword inputs.
+        dynamic: take batches of any size. False fixes it to the example's.
+        tolerance: the largest difference that passes, as a share of the output's largest value.
+
+    Raises:
+        ImportError: if a package is missing that the format needs; ``pip install 'tcp-core[deploy]'`` brings them.
+        ValueError: for another suffix, or an example that is none.
+        OSError: if the file cannot be written; asked before the network is exported.
+        ExportError: if torch cannot export the network, the runtime cannot run it, or outputs differ.
+    """
+    path = Path(path)
+    _check_format(path)
+    model = _plain(model)
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance={tolerance!r}; it is a share of the largest output, in (0, 1), for example 1e-4.")
+    with _writing(path) as temporary, torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.autocast("cpu", enabled=False):
+            torch.manual_seed(0)  # of the inputs that outputs are compared on; the caller's state is restored
+            network = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+            args, kwargs = to_model(_as_call(example), network)
+            size = _batch_size(args, kwargs)
+            # A batch of one is a special case to torch.export, which it would fix.
+            args, kwargs = _resized((args, kwargs), size, max(2, size) if dynamic else size)
+            program = _exported(network, args, kwargs, dynamic)
+            module, _ = folded(program)
+            program = _exported(module, args, kwargs, dynamic)
+            call = _write_onnx(program, temporary) if path.suffix == ".onnx" else _write_archive(program, temporary)
+            _compare(network, call, (args, kwargs), (1, 3, max(2, size)) if dynamic else (size,), tolerance, path)
+    return path
+
+
+def _check_format(path: Path) -> None:
+    if path.suffix not in NEEDED:
+        raise ValueError(
+            f"{str(path)!r} ends in {path.suffix or 'nothing'!r}; it must end in .onnx (for onnxruntime, TensorRT, "
+            f"OpenVINO and others) or .pt2 (torch.export's archive). For weights alone there is tcp_core.save."
+        )
+    if missing := [name for name in NEEDED[path.suffix] if importlib.util.find_spec(name) is None]:
+        raise ImportError(
+            f"a {path.suffix} file needs {' and '.join(missing)}, not installed here; pip install 'tcp-core[deploy]'."
+        )
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """Return the module inside torch.compile's and the parallel wrappers."""
+    while True:
+        if isinstance(model, Gated):
+            raise ValueError(
+                f"this is a {type(model).__name__}, a network with gates; export what its finish() returns, which is "
+                f"plain and smaller."
+            )
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _as_call(example: Any) -> tuple[tuple, dict]:
+    args, kwargs = ((), dict(example)) if isinstance(example, dict) else (example, {})
+    args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+    return args, kwargs
+
+
+def _batch_size(args: tuple, kwargs: dict) -> int:
+    tensors = _tensors((args, kwargs))
+    if not tensors or tensors[0].ndim == 0 or not tensors[0].shape[0]:
+        raise ValueError(
+            "example must be a tensor with the batch in dimension 0, a tuple of positional inputs or a dict of keyword "
+            f"inputs; got {[type(leaf).__name__ for leaf in pytree.tree_leaves((args, kwargs))]}. For images: "
+            f"torch.randn(2, 3, 224, 224)."
+        )
+    return tensors[0].shape[0]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _resized(call: tuple[tuple, dict], size: int, wanted: int) -> tuple[tuple, dict]:
+    """Return the inputs with ``wanted`` samples instead of ``size``, repeated where there are too few."""
+
+    def resize(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != size:
+            return leaf
+        return torch.cat([leaf] * math.ceil(wanted / size))[:wanted].detach().clone()
+
+    return pytree.tree_map(resize, call)
+
+
+def _exported(network: nn.Module, args: tuple, kwargs: dict, dynamic: bool) -> torch.export.ExportedProgram:
+    shapes = None
+    if dynamic:
+        batch, size = torch.export.Dim("batch", min=1), _batch_size(args, kwargs)
+        shapes = torch.export.ShapesCollection()
+        for tensor in _tensors((args, kwargs)):
+            if tensor.ndim and tensor.shape[0] == size:
+                shapes[tensor] = {0: batch}
+        shapes = shapes.dynamic_shapes(network, args, kwargs)
+    try:
+        return torch.export.export(network, args, kwargs, dynamic_shapes=shapes)
+    except Exception as error:
+        hint = " If a size of the batch is written out in its forward, give dynamic=False." if dynamic else ""
+        raise ExportError(
+            f"{type(network).__name__} cannot be exported: torch.export raised {type(error).__name__}: "
+            f"{_first_lines(error)} Its forward must be made of tensor operators, without Python control flow that "
+            f"depends on values.{hint}"
+        ) from error
+
+
+def _first_lines(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 500 else f"{text[:500]} ..."
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Callable[..., list[Tensor]]:
+    import onnxruntime
+
+    outputs = len(program.graph_signature.user_outputs)
+    names = ["output"] if outputs == 1 else [f"output_{index}" for index in range(outputs)]
+    try:
+        written = torch.onnx.export(program, (), dynamo=True, output_names=names, verbose=False)
+        content = _with_batch_named(written.model_proto, program).SerializeToString()
+    except Exception as error:
+        raise ExportError(f"torch.onnx cannot write this network: {_first_lines(error)}") from error
+    path.write_bytes(content)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; warnings go to the standard output and concern its own optimiser
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"onnxruntime cannot read the network as it was written: {_first_lines(error)}") from error
+    given = [node.name for node in session.get_inputs()]
+
+    def call(*args: Any, **kwargs: Any) -> list[Tensor]:
+        flat = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if leaf is not None]
+        named = dict(zip(program.graph_signature.user_inputs, flat, strict=True))
+        found = session.run(None, {name: named[name].numpy() for name in given})
+        return [torch.from_numpy(array) for array in found]
+
+    return call
+
+
+def _with_batch_named(written: Any, program: torch.export.ExportedProgram) -> Any:
+    """Return the ONNX model with torch's name of the batch's size, such as s77, replaced by one for readers."""
+    graph = written.graph
+    for symbol in map(str, program.range_constraints):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param:
+                    dim.dim_param = re.sub(rf"\b{symbol}\b", "batch", dim.dim_param)
+    return written
+
+
+def _write_archive(program: torch.export.ExportedProgram, path: Path) -> Callable[..., Any]:
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    path.write_bytes(content.getvalue())
+    return torch.export.load(io.BytesIO(path.read_bytes())).module()
+
+
+def _compare(
+    network: nn.Module,
+    call: Callable[..., Any],
+    example: tuple[tuple, dict],
+    sizes: tuple[int, ...],
+    tolerance: float,
+    path: Path,
+) -> None:
+    size = _batch_size(*example)
+    for wanted in sizes:
+        for like in (lambda x: x, _noise_like):
+            args, kwargs = pytree.tree_map(like, _resized(example, size, wanted))
+            expected = _tensors(network(*args, **kwargs))
+            again = _tensors(network(*args, **kwargs))
+            try:
+                found = _tensors(call(*args, **kwargs))
+            except Exception as error:
+                raise ExportError(
+                    f"what would be {path.name} fails on a batch of {wanted}: {_first_lines(error)} Nothing was "
+                    f"written."
+                ) from error
+            if [x.shape for x in found] != [x.shape for x in expected]:
+                raise ExportError(
+                    f"{path.name} would give outputs of shapes {[tuple(x.shape) for x in found]} on a batch of "
+                    f"{wanted}, and torch gives {[tuple(x.shape) for x in expected]}. Nothing was written."
+                )
+            for index, (a, b, c) in enumerate(zip(expected, found, again, strict=True)):
+                if not _difference(a, c) <= tolerance:
+                    raise ExportError(
+                        "the network gives other outputs when it is called again, in eval mode: something in it is "
+                        "random or counts calls. Nothing was written."
+                    )
+                if not (error := _difference(a, b)) <= tolerance:
+                    raise ExportError(
+                        f"output {index} of {path.name} would differ from torch's by {error:.2g} of its largest value "
+                        f"on a batch of {wanted} (tolerance {tolerance:g}). Nothing was written; please report it with "
+                        f"the network."
+                    )
+
+
+def _noise_like(leaf: Any) -> Any:
+    """Return random numbers with a floating-point input's mean and spread; anything else as it is."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    spread = leaf.std() if leaf.numel() > 1 and leaf.std() > 0 else 1.0
+    return torch.randn_like(leaf) * spread + leaf.mean()
+
+
+def _difference(expected: Tensor, found: Tensor) -> float:
+    """Return the largest difference over the largest expected value; inf where only one is not finite."""
+    if not expected.numel():
+        return 0.0
+    expected, found = expected.double(), found.double()
+    same = (expected == found) | (expected.isnan() & found.isnan())
+    finite = expected[expected.isfinite()].abs()
+    scale = finite.max().clamp(min=torch.finfo(torch.float32).tiny) if finite.numel() else 1.0
+    error = torch.where(same, 0.0, (expected - found).abs() / scale)
+    return float(error.nan_to_num(nan=math.inf).max())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """Give a place beside ``path`` to write to; it takes the path's name if nothing is raised, else it is gone."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file in it.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise type(error)(error.errno, f"{path} cannot be written ({error.strerror}); give another place") from error
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
