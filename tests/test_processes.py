@@ -121,6 +121,32 @@ def job_accumulated(rank, folder):
     return outcome(train(BATCH // 2, accumulate=2))
 
 
+class Spoiling(nn.Sequential):
+    """Spoils its output, or the gradient alone, at one step of one process."""
+
+    what, forwards = "", 0
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.forwards += self.training and torch.is_grad_enabled()
+        if self.forwards == 8 + 1 and dist.get_rank() == 1 and self.training:  # one was the trace's
+            if self.what == "loss":
+                return y + y.new_tensor(float("nan"))
+            y.register_hook(lambda gradient: gradient * float("inf"))
+        return y
+
+
+def job_refused(rank, folder):
+    said = []
+    for what in ("loss", "gradient"):
+        model = Spoiling(*network())
+        model.what = what
+        with pytest.raises(FloatingPointError) as caught:
+            train(BATCH, make=lambda model=model: model, budget=None)
+        said.append((str(caught.value), model.state_dict()))
+    return said
+
+
 def run(job, tmp_path):
     mp.spawn(start, (2, tmp_path, job), nprocs=2)
     return [torch.load(tmp_path / f"{job.__name__}-{rank}.pt") for rank in (0, 1)]
@@ -161,6 +187,18 @@ def test_two_processes_go_on_together(tmp_path):
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
     whole, _ = run(job_whole, tmp_path)
     torch.testing.assert_close(first, whole, rtol=0, atol=0, equal_nan=True)
+
+
+def test_all_processes_refuse_a_step_that_one_would_spoil(tmp_path):
+    first, second = run(job_refused, tmp_path)
+    for (here, weights), (there, others) in zip(first, second, strict=True):
+        torch.testing.assert_close(weights, others, rtol=0, atol=0)
+        assert all(value.isfinite().all() for value in weights.values())
+        step = {text.split(" at step ")[1].split(";")[0] for text in (here, there)}
+        assert len(step) == 1
+        assert here.startswith("the loss is 2.")
+        assert "but the gradient of '0.weight' and 5 more is not finite" in here
+    assert second[0][0].startswith("the loss is nan at step")
 
 
 def test_processes_that_disagree_are_refused(tmp_path):

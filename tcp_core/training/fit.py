@@ -99,7 +99,8 @@ def fit(
 
     Raises:
         BudgetError, ValueError: before any training, see :class:`Tailor`.
-        FloatingPointError: if the loss is not finite; weights and running statistics are as before that step.
+        FloatingPointError: if the loss or a gradient is not finite, in all processes alike; weights, running statistics
+            and the optimiser's state are as before that step.
         CheckpointError: if a checkpoint cannot be written, or the folder has those of another run.
     """
     _check_precision(precision)

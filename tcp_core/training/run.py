@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,6 +18,7 @@ from ..channels import Channels
 from ..tailor import Report
 from .batches import channels_last
 from .checkpoints import CheckpointError, newest, prepare
+from .guard import Guard
 from .processes import alone, gathered, rank_and_world, summed, together
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
@@ -87,9 +88,9 @@ class Run:
     def train(
         self, batches: Iterator[tuple[Tensor, Tensor]], count: int, precision: str, label_smoothing: float
     ) -> None:
-        """Take one step on ``count`` batches; a loss that is not finite raises, and nothing has changed."""
-        statistics = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
-        sums = self.sums
+        """Take one step on ``count`` batches; a loss or gradient that is not finite raises, and nothing has changed."""
+        guard = Guard(self.network)
+        sums, total = self.sums, 0.0
         self.optimizer.zero_grad()
         for position, (x, y) in enumerate(batches, 1):
             with alone(self.called) if position < count else nullcontext():
@@ -97,11 +98,11 @@ class Run:
                     logits = self.called(channels_last(x))
                 logits = logits.float()
                 loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
-                if not loss.isfinite():
-                    self._refuse(loss, statistics)
                 (loss / count).backward()
             right = (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
             sums = sums + torch.stack([loss.detach() * len(y), right, right.new_tensor(len(y))])
+            total = total + loss.detach() / count
+        guard.check(total, self.trained, self.optimizer, self.step + 1)
         self.sums = sums
         self.optimizer.step()
         self.schedule.step()
@@ -113,16 +114,6 @@ class Run:
                 self.called = together(self.network, x.device)
             if self.pruned.frozen and self.frozen_at is None:
                 self.frozen_at = self.step
-
-    def _refuse(self, loss: Tensor, statistics: list[tuple[Tensor, Tensor]]) -> NoReturn:
-        self.network.zero_grad()  # of the gates too, which batches before this one have reached
-        for buffer, value in statistics:  # the forward pass has put what is not finite into them
-            buffer.copy_(value)
-        raise FloatingPointError(
-            f"the loss is {loss.item()} at step {self.step + 1}; this step was not taken. Lower lr (now "
-            f"{self.optimizer.param_groups[0]['lr']:.3g}), lengthen warmup, or look for images whose values "
-            f"are not finite."
-        )
 
     @property
     def open_units(self) -> Tensor:
