@@ -88,7 +88,7 @@ def test_missing_columns_are_named():
 
 
 def test_tighter_budgets_are_darker():
-    colors = [color for _, _, color in cp._colored(CASES["five"]())]
+    colors = [color for _, _, color in cp.colored(CASES["five"]())]
     luminance = [np.dot(color[:3], (0.2126, 0.7152, 0.0722)) for color in colors]
     assert luminance == sorted(luminance, reverse=True)
 

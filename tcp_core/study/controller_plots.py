@@ -57,7 +57,7 @@ def cost_by_budget_figure(trajectories: Mapping[float, pd.DataFrame]) -> Figure:
     end = _check(trajectories)
     with style():
         fig, axes = plt.subplots(figsize=(8.4, 4.9))
-        for budget, frame, color in _colored(trajectories):
+        for budget, frame, color in colored(trajectories):
             share, full = 100 * frame["share"].to_numpy(float), frame["macs"].iloc[0] / 100
             percent = frame["macs"].to_numpy(float) / full
             axes.plot(share, frame["macs_schedule"] / full, "--", color=color, lw=1.1)
@@ -92,7 +92,7 @@ def control_by_budget_figure(trajectories: Mapping[float, pd.DataFrame]) -> Figu
     with style():
         size = (8.4, 6.6)
         fig, grid = plt.subplots(3, len(trajectories), figsize=size, sharex=True, sharey="row", squeeze=False)
-        for (strength, turnover, units), (budget, frame, color) in zip(grid.T, _colored(trajectories), strict=True):
+        for (strength, turnover, units), (budget, frame, color) in zip(grid.T, colored(trajectories), strict=True):
             share, line = 100 * frame["share"].to_numpy(float), {"color": color, "drawstyle": "steps-post", "lw": 1.5}
             strength.plot(share, frame["strength"] / frame["strength"].iloc[0], **line)
             _write(strength, 0.5, 1.3, f"{100 * budget:.4g} % of macs", color, ha="center", fontsize=10, weight="bold")
@@ -139,7 +139,7 @@ def widths_by_budget_figure(widths: Mapping[float, pd.DataFrame]) -> Figure:
         size = (8.4, 1.1 * len(widths) + 0.7 + 0.07 * layers.str.len().max())
         fig, rows = plt.subplots(len(widths), figsize=size, sharex=True, sharey=True, squeeze=False)
         at = np.arange(count)
-        for axes, (budget, frame, color) in zip(rows.flat, _colored(widths), strict=True):
+        for axes, (budget, frame, color) in zip(rows.flat, colored(widths), strict=True):
             axes.bar(at, frame["dense"], width=0.84, color=COLORS["dense"])
             axes.bar(at, frame["tailored"], width=0.84, color=color)
             if count <= 24:  # then there is room for numbers
@@ -166,7 +166,7 @@ def _check(trajectories):
     return min(100, 120 * max(frame["share"].iloc[-1] for frame in trajectories.values()))
 
 
-def _colored(runs):
+def colored(runs):
     """Return [(budget, frame, color)] from the largest budget to the smallest, which is the darkest."""
     budgets = sorted(runs, reverse=True)
     colors = mpl.colormaps["plasma"](np.linspace(0.65, 0.02, len(budgets)))

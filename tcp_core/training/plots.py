@@ -11,6 +11,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -220,35 +221,46 @@ def units_figure(channels: Channels, open_units: Tensor | None = None) -> Figure
     One row for each dimension of each weight with units; colours are families. With `open_units`
     (bool [units]), channels of closed units are drawn empty.
     """
+    longest = max((len(units) for _, units in _dimensions(channels)), default=1)
+    with style():
+        fig, axes = plt.subplots(figsize=(0.42 * longest + 3.2, 0.36 * len(_dimensions(channels)) + 0.8))
+        draw_units(axes, channels, open_units)
+        axes.set_title("Channels of each weight; a number is a unit, a colour a family")
+        return finished(fig)
+
+
+def draw_units(axes: Axes, channels: Channels, open_units: Tensor | None = None, *, removed: bool = False) -> None:
+    """Draw what `units_figure` shows into `axes`; with `removed`, closed channels have left and the others moved up."""
     family_of = {int(unit): index for index, family in enumerate(channels.families) for unit in family.units}
-    rows = [
+    palette = mpl.rcParams["axes.prop_cycle"].by_key()["color"]
+    rows = _dimensions(channels)
+    for row, (_, units) in enumerate(rows):
+        closed = [unit >= 0 and open_units is not None and not open_units[unit] for unit in units]
+        shown = [(unit, shut) for unit, shut in zip(units, closed, strict=True) if not (removed and shut)]
+        for column, (unit, shut) in enumerate(shown):
+            color = "#EEEEEE" if unit < 0 else palette[family_of[unit] % len(palette)]
+            box = plt.Rectangle(
+                (column, -row), 0.9, 0.86, facecolor="white" if shut else color, edgecolor=color, alpha=0.9
+            )
+            axes.add_patch(box)
+            text, shade = ("", color) if unit < 0 else (str(unit), color if shut else "white")
+            axes.text(column + 0.45, 0.42 - row, text, ha="center", va="center", color=shade, fontsize=9)
+    axes.set_yticks([0.42 - row for row in range(len(rows))], [label for label, _ in rows])
+    axes.set(xlim=(-0.2, max((len(units) for _, units in rows), default=1)), ylim=(0.8 - len(rows), 1.1), xticks=[])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+
+
+def _dimensions(channels):
+    """Return, for each dimension of each weight with units, its name and the units in it; -1 has none."""
+    return [
         (f"{name}  {'outputs' if dim == 0 else 'inputs'}" if len(dims) > 1 else name, units.tolist())
         for name, dims in channels.slots.items()
         if name.endswith("weight")
         for dim, units in enumerate(dims)
         if units is not None
     ]
-    with style():
-        palette = mpl.rcParams["axes.prop_cycle"].by_key()["color"]
-        longest = max(len(units) for _, units in rows)
-        fig, axes = plt.subplots(figsize=(0.42 * longest + 3.2, 0.36 * len(rows) + 0.8))
-        for row, (_, units) in enumerate(rows):
-            for column, unit in enumerate(units):
-                color = "#EEEEEE" if unit < 0 else palette[family_of[unit] % len(palette)]
-                closed = unit >= 0 and open_units is not None and not open_units[unit]
-                box = plt.Rectangle(
-                    (column, -row), 0.9, 0.86, facecolor="white" if closed else color, edgecolor=color, alpha=0.9
-                )
-                axes.add_patch(box)
-                text, shade = ("", color) if unit < 0 else (str(unit), color if closed else "white")
-                axes.text(column + 0.45, 0.42 - row, text, ha="center", va="center", color=shade, fontsize=9)
-        axes.set_yticks([0.42 - row for row in range(len(rows))], [label for label, _ in rows])
-        axes.set(xlim=(-0.2, longest), ylim=(1 - len(rows) - 0.2, 1.1), xticks=[])
-        axes.tick_params(length=0)
-        axes.grid(visible=False)
-        axes.spines[:].set_visible(False)
-        axes.set_title("Channels of each weight; a number is a unit, a colour a family")
-        return finished(fig)
 
 
 def _label_right(axes, labels, *, gap):
