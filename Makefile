@@ -39,10 +39,11 @@ estimate: $(INSTALLED) ## hours that a declaration takes on this device, from me
 
 # the five budgets of one network that the notebook on the controller shows
 CONTROLLER ?= results/runs/cifar10-cpu/pretrained
-report: $(INSTALLED) ## all tables and figures again from results/runs, into results/tables and figures; of other runs: RUNS=..., into build/report
+report: $(INSTALLED) ## all tables and figures again from results/runs, into results/tables, figures and docs/results.md; of other runs: RUNS=..., into build/report
 	@mkdir -p build/notebooks
 	@$(call papermill,90_report) -p runs "$(abspath $(or $(RUNS),results/runs))" \
-		-p tables "$(CURDIR)/$(if $(RUNS),build/report,results)/tables" -p figures "$(CURDIR)/$(if $(RUNS),build/report/)figures"
+		-p tables "$(CURDIR)/$(if $(RUNS),build/report,results)/tables" -p figures "$(CURDIR)/$(if $(RUNS),build/report/)figures" \
+		$(if $(RUNS),,-p page "$(CURDIR)/docs/results.md")
 	@$(if $(RUNS),,$(call papermill,40_controller) -p runs "$(abspath $(CONTROLLER))" -p network resnet20 -p figures "$(CURDIR)/figures")
 	@$(if $(RUNS),,$(BIN)/python -m tcp_core.study.method_plots --runs "$(CONTROLLER)" --figures figures)
 	@echo "Done. Tables: $(if $(RUNS),build/report,results)/tables/, figures: $(if $(RUNS),build/report/)figures/, to read: build/notebooks/90_report.ipynb"

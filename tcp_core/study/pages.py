@@ -135,7 +135,7 @@ DIGITS = {
         ("accuracy_rival", "sd_rival", "utilisation", "delivered", "used", "before", "before_used", "change"), 2
     ),
     **dict.fromkeys(("flops_reduction", "params_reduction", "baseline"), 2),
-    **dict.fromkeys(("n", "n_rival", "seconds", "seconds_of_dense", "seed", "pairs", "wins", "losses"), 0),
+    **dict.fromkeys(("n", "n_rival", "seconds", "seconds_of_dense", "seed", "pairs", "wins", "losses", "seeds"), 0),
     **{"requested": 1, "goal": 1, "training_cost": 2, "largest_gate": 4},
 }
 IN_CSV = ("recipe", "machine", "requested_macs", "requested_params", "before_macs", "before_params", "se_pooled")
@@ -177,23 +177,37 @@ def absent(value) -> bool:
     return value is None or value != value  # only NaN differs from itself
 
 
+def lines(table: pd.DataFrame, *, without: Iterable[str] = ()) -> list[str]:
+    """Return a table in Markdown, line by line, without the columns `IN_CSV`, `without` and those that are empty."""
+    return _lines(_in_words(_formatted(table)), without)
+
+
 def _parts(text, sections):
-    """Return a formatted table's parts as Markdown, without columns `IN_CSV` and those that are empty in a part."""
+    """Return a formatted table's parts as Markdown, each with its heading and recipe."""
+    text = _in_words(text, sections)
+    parts = []
+    for values, rows in text.groupby(sections, sort=False):
+        group = dict(zip(sections, values, strict=True))
+        recipe = [f"Recipe: {group['recipe']}.", ""] if group.get("recipe") else []
+        parts.append("\n".join([f"## {heading(group)}", "", *recipe, *_lines(rows, sections)]))
+    return parts
+
+
+def _in_words(text, sections=()):
     for name, words in (("method", METHODS), ("rival", METHODS), ("network", NAMES)):
         if name in text and name not in sections:
             text = text.assign(**{name: [words.get(value, value) for value in text[name]]})
-    parts = []
-    for values, rows in text.groupby(sections, sort=False):
-        columns = [name for name in text if name not in (*sections, *IN_CSV) and rows[name].ne("").any()]
-        group = dict(zip(sections, values, strict=True))
-        recipe = [f"Recipe: {group['recipe']}.", ""] if group.get("recipe") else []
-        lines = [
-            [HEADINGS.get(name, name.replace("_", " ")) for name in columns],
-            ["--:" if _digits(name) is not None else "---" for name in columns],
-            *([cell or "-" for cell in row] for row in rows[columns].to_numpy()),
-        ]
-        parts.append("\n".join([f"## {heading(group)}", "", *recipe, *(f"| {' | '.join(line)} |" for line in lines)]))
-    return parts
+    return text
+
+
+def _lines(text, without):
+    columns = [name for name in text if name not in (*without, *IN_CSV) and text[name].ne("").any()]
+    cells = [
+        [HEADINGS.get(name, name.replace("_", " ")) for name in columns],
+        ["--:" if _digits(name) is not None else "---" for name in columns],
+        *([cell or "-" for cell in row] for row in text[columns].to_numpy()),
+    ]
+    return [f"| {' | '.join(line)} |" for line in cells]
 
 
 def _digits(name):

@@ -100,6 +100,34 @@ def training_cost_figure(table: pd.DataFrame) -> Figure:
     They may be of several lengths: a method's points are joined in the order of theirs. Budgets at which nothing was
     compared are left out.
     """
+    words = "training, in epochs of the dense network", "Accuracy against the cost of training"
+    return _by_budget(table[table["method"] != "dense"], "training_cost", *words)
+
+
+def several_lengths(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the table `accuracy` that `length_figure` draws; empty if nothing ran at two lengths.
+
+    These are the budgets on macs at which methods were compared and one of them ran at two lengths, and dense.
+    """
+    dense, by = table["method"] == "dense", table["budget"]
+    lengths = table[~dense].groupby(["budget", "method", "options"])["epochs"].nunique()
+    methods = table[~dense].groupby("budget")["method"].nunique()
+    several = {budget for budget, *_ in lengths.index[lengths > 1]} & set(methods.index[methods > 1])
+    several = {budget for budget in several if "params" not in budget}
+    return table[by.isin(several) | dense] if several else table[:0]
+
+
+def length_figure(table: pd.DataFrame) -> Figure:
+    """Draw test accuracy against the length of the run, one panel a budget, for rows that `several_lengths` gives.
+
+    The dense network of each length is drawn beside.
+    """
+    return _by_budget(table, "epochs", "epochs of the run", "Accuracy against length")
+
+
+def _by_budget(table, column, label, title):
+    """Draw test accuracy against ``column``, one panel a budget on macs at which two methods were compared."""
+    dense = table[table["method"] == "dense"].sort_values("epochs")
     table = table[table["budget"].str.fullmatch(r"[\d.]+ % macs")]
     table = table[table.groupby("budget")["method"].transform("nunique") > 1]
     require("the table of accuracy, for two methods at one budget on macs,", table, GROUP)
@@ -110,19 +138,22 @@ def training_cost_figure(table: pd.DataFrame) -> Figure:
         fig, panels = plt.subplots(1, len(budgets), figsize=size, sharey=True, squeeze=False)
         lines = {}
         for axes, (budget, rows) in zip(panels[0], budgets, strict=True):
+            if len(dense):
+                look = {"color": TEXT_GREY, "linestyle": DOTS, "lw": 1.2, "marker": "D", "ms": 6}
+                lines.setdefault(METHODS["dense"], axes.plot(dense[column], dense["accuracy"], **look)[0])
             for (method, options), points in rows.groupby(["method", "options"], sort=False):
                 color, marker = LOOK.get(method, OTHER)
                 points = points.sort_values("epochs")
                 look = {"lw": 2.2, "ms": 8, "zorder": 5} if method == "tailored" else {"lw": 1.1, "ms": 6, "zorder": 3}
                 name = _method(method, options if several[method] else "")
-                x, y, bars = points["training_cost"], points["accuracy"], points["sd"].fillna(0)
+                x, y, bars = points[column], points["accuracy"], points["sd"].fillna(0)
                 drawn = axes.errorbar(x, y, bars, color=color, marker=marker, elinewidth=1.2, capsize=2.5, **look)
                 lines.setdefault(name, drawn)
             axes.set_title(budget, fontsize=10)
-            axes.set(xlim=(0, 1.12 * rows["training_cost"].max()), xlabel="training, in epochs of the dense network")
+            axes.set(xlim=(0, 1.12 * rows[column].max()), xlabel=label)
         panels[0, 0].set_ylabel("test accuracy, %")
         fig.legend(lines.values(), lines, loc="outside lower center", ncols=min(len(lines), 2 + len(budgets) // 2))
-        return _titled(fig, "Accuracy against the cost of training", f"{_where(table)}; {_bars(table)}")
+        return _titled(fig, title, f"{_where(table)}; {_bars(table)}")
 
 
 def difference_figure(pairs: pd.DataFrame) -> Figure:

@@ -108,7 +108,7 @@ def overview(table: pd.DataFrame) -> pd.DataFrame:
     spread = ["" if absent(sd) else f" ± {number(sd, 2)}" for sd in table["sd"]]
     said = [f"{number(mean, 2)}{sd} ({n})" for mean, sd, n in zip(table["accuracy"], spread, table["n"], strict=True)]
     table = table.assign(said=said)
-    budgets = sorted(set(table["budget"]), key=_budget_order)
+    budgets = sorted(set(table["budget"]), key=budget_order)
     wide = table.pivot(index=[*GROUP, "method", "options"], columns="budget", values="said")[budgets]
     return _in_order(wide.reset_index())
 
@@ -242,7 +242,7 @@ def search(runs: pd.DataFrame) -> pd.DataFrame:
     runs = runs[runs["searched"]]
     keys = [*GROUP, "method", "options"]
     by_budget = runs.pivot_table("val_accuracy", keys, "budget", aggfunc="mean", sort=False)
-    by_budget = by_budget[sorted(by_budget, key=_budget_order)]
+    by_budget = by_budget[sorted(by_budget, key=budget_order)]
     table = by_budget.copy()
     table.insert(0, "val_accuracy", by_budget.mean(axis=1))
     table.insert(1, "n", runs.groupby(keys)["val_accuracy"].count())
@@ -315,8 +315,8 @@ def _texts(values):
     return "; ".join(sorted(set(values)))
 
 
-def _budget_order(budget):
-    """Dense first, then macs, params and both, each from the largest share down."""
+def budget_order(budget: str) -> tuple:
+    """Return what budgets are sorted by: dense first, then macs, params and both, each from the largest share down."""
     shares = [-float(part.split()[0]) for part in budget.split(" + ") if part != "dense"]
     return (budget != "dense", len(shares), "params" in budget, *shares)
 
@@ -326,7 +326,7 @@ def _in_order(table):
 
     def rank(column):
         if column.name == "budget":
-            values = list(map(_budget_order, column))
+            values = list(map(budget_order, column))
         elif column.name in ("method", "rival"):
             values = [(list(METHODS).index(name), "") if name in METHODS else (len(METHODS), name) for name in column]
         else:

@@ -1,0 +1,325 @@
+"""docs/results.md: the study's tables and figures with what they say, every number computed from the runs.
+
+A study is a folder of runs, named after its declaration; each has a section, in the order of `STUDIES`, and one that is
+not named there has one of its own name. So runs that are added find their place, and sentences change with the numbers.
+"""
+
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from . import study_plots, tables
+from .pages import DATA, GOAL, GOAL_DENSE, GROUP, METHODS, NAMES, absent, heading, lines, number
+
+STUDIES = {
+    "cifar10-cpu": (
+        "Short runs on CIFAR-10: how fast each method recovers",
+        "A few epochs show how soon a network is good again after it was made smaller, not how good it becomes. What "
+        "leads here need not lead in a long run.",
+    ),
+    "cifar10-long": (
+        "Long runs on CIFAR-10: how good the networks become",
+        "The same comparison at lengths at which accuracies have nearly settled.",
+    ),
+    "cifar10-paper": ("CIFAR-10 as papers run it", "The original images, and as many epochs as papers train for."),
+    "tiny-imagenet-cpu": (
+        "A stand-in for ImageNet",
+        "Real images of ImageNet's classes, but few and small: nobody has converged in so few epochs, and accuracies "
+        "say nothing about ImageNet's.",
+    ),
+    "imagenet-paper": ("ImageNet", "ImageNet's own images at 224 x 224."),
+}  # name of the declaration: title, what its runs can show
+
+INTRODUCTION = """\
+# Results
+
+*Made by `make report` from [results/runs](../results/runs). Every number, also in sentences, is computed from the runs.
+The tables behind this page are in [results/tables](../results/tables); all runs are declared in
+[experiments](../experiments).*
+
+Every method starts from the same weights, pretrained or fresh. It is trained for as many epochs, on the same images,
+with the same schedule, and is brought to the same budget by the same exact count. The comparators:
+
+- **Taylor, one-shot**: our importance per cost, measured once before pruning, then all at once;
+- **L1, uniform** and **L1, global**: the norm of the filters, within each layer or over the whole network;
+- **batch-norm slimming**: the scales of the batch norms, after training them under a penalty;
+- **fixed strength**: our gates under a penalty that does not adapt and knows no cost, then cut to the budget;
+- **Torch-Pruning**: that library's GroupNorm pruner, at the largest network within the budget that its ratio reaches;
+- **small from scratch**: the network with uniform widths, trained from fresh weights;
+- **random**: any channels.
+
+From a pretrained network the comparators prune before the first step. From scratch they train, prune and fine-tune
+within the epochs of our one run. The test images are read once, at the end of a run.
+
+Accuracies are percent, mean ± standard deviation over (n) seeds. Differences are points, with their standard error. **A
+difference of less than two standard errors, or of one seed, may be chance.** "The best comparator" is the best at that
+budget, chosen after the fact: the hardest choice for ours."""
+
+CAVEATS = """\
+- The pretrained weights for CIFAR-10 (published CIFAR ResNets by Y. Idelbayev) had seen the validation images in their
+  first training. Validation accuracies from that start are too high, for all methods alike. Test accuracies are not
+  affected.
+- Training times were taken with other work on the machine. They are in the tables, but say little.
+- *Fixed strength* differs from ours by more than adaptation. It ranks by the gates themselves, which know no cost, and
+  its one strength was chosen on digits, not swept."""
+
+
+def glance(summary: pd.DataFrame, accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Return one row for each setting: ours and, in brackets, its difference to the best comparator, at each budget.
+
+    From the tables `summary` and `accuracy`; the dense network's accuracy and the fewest seeds stand beside.
+    """
+    best = summary[summary["part"] == "best comparator"]
+    rows = []
+    for group, pairs in best.groupby([*GROUP, "options"], sort=False, dropna=False):
+        row = dict(zip([*GROUP, "options"], group, strict=True))
+        same = (accuracy[GROUP] == pd.Series(row)[GROUP]).all(axis=1)
+        dense = accuracy[same & (accuracy["method"] == "dense")]["accuracy"]
+        row["seeds"] = f"{min(pairs['n'].min(), pairs['n_rival'].min()):.0f}"
+        row["dense"] = number(dense.item(), 2) if len(dense) else ""
+        for pair in pairs.to_dict("records"):
+            se = "" if absent(pair["se"]) else f" ± {number(pair['se'], 2)}"
+            row[pair["budget"]] = f"{number(pair['accuracy'], 2)} ({number(pair['difference'], 2, sign='+')}{se})"
+        rows.append(row)
+    fixed = [*GROUP, "options", "seeds", "dense"]
+    budgets = sorted({name for row in rows for name in row} - set(fixed), key=tables.budget_order)
+    return pd.DataFrame(rows, columns=[*fixed, *budgets])
+
+
+def page(
+    study: pd.DataFrame, published: pd.DataFrame, *, figures: str | Path, experiments: str | Path, folder: str | Path
+) -> str:
+    """Return the page's text, for a file in ``folder``, from the tables `tables.study` and of what was published.
+
+    ``figures`` is the folder of the report's figures: those that are there are shown; ``experiments`` that of the
+    declarations: those without runs are named.
+    """
+    accuracy = tables.accuracy(study)
+    pairs = tables.differences(accuracy)
+    summary = tables.summary(pairs)
+    place = _Place(Path(figures), Path(folder))
+    text = [INTRODUCTION, *(said for data, said in DATA.items() if data in set(accuracy["data"]))]
+    text += ["## All of it at a glance", GLANCE, _table(glance(summary, accuracy))]
+    text += [_overall(row, summary) for row in _part(summary, "mean over all").to_dict("records")]
+    home = study.groupby(GROUP)["run"].agg(lambda runs: min(map(_order, runs))).to_dict()
+    shown = None
+    for name, rows in sorted(study_plots.groups(accuracy).items(), key=lambda item: home[_key(item[1])]):
+        if not _budgets(rows):
+            continue
+        if (of := home[_key(rows)][1]) != shown:
+            title, note = STUDIES.get(of, (of, ""))
+            text += [f"## {title}", *filter(None, [note])]
+            shown = of
+        text += _section(name, rows, _of(study, rows), _of(pairs, rows), _of(summary, rows), place)
+    text += _lengths(accuracy, place) + _beside(accuracy, published, place)
+    text += ["## What these numbers do not say", "\n".join([CAVEATS, *_not_run(study, Path(experiments), place)])]
+    return "\n\n".join(text) + "\n"
+
+
+GLANCE = (
+    "Ours and, in brackets, its difference to the best comparator at that budget, with its standard error. `seeds` is "
+    "the fewest on either side."
+)
+
+
+def _order(run):
+    """Return what a study is sorted by: its place in `STUDIES`, then its name."""
+    name = run.split("/")[0]
+    return (list(STUDIES).index(name) if name in STUDIES else len(STUDIES), name)
+
+
+def _not_run(study, experiments, place):
+    run = {name.split("/")[0] for name in study["run"]}
+    names = [path.stem for path in sorted(experiments.glob("*.yaml")) if path.stem not in {*run, "small"}]
+    return [f"- [{name}]({place.to(experiments / f'{name}.yaml')}) is declared and was not run." for name in names]
+
+
+def _key(rows):
+    return tuple(rows[GROUP].iloc[0])
+
+
+def _part(summary, name):
+    return summary[summary["part"] == name]
+
+
+def _of(table, rows):
+    """Return the rows of `table` of the same group as `rows`."""
+    return table[(table[GROUP] == rows[GROUP].iloc[0]).all(axis=1)]
+
+
+def _budgets(rows):
+    """Return the budgets at which ours was compared with another method than dense."""
+    by = rows[rows["budget"] != "dense"].groupby("budget", sort=False)["method"].agg(set)
+    return [budget for budget, methods in by.items() if "tailored" in methods and len(methods) > 1]
+
+
+def _overall(row, summary):
+    """Say what the mean over all settings of a data set is, and what it rests on."""
+    best = _part(summary, "best comparator")
+    best = best[best["data"] == row["data"]]
+    se = "" if absent(row["se"]) else f", standard error {number(row['se'], 2)}"
+    said = (
+        f"**{row['data']}.** Over {_count(row['pairs'], 'budget')} in all settings ours is "
+        f"{_points(row['difference'])} the best comparator in the mean{se}: {_count(row['wins'], 'win')}, "
+        f"{_count(row['losses'], 'loss', 'losses')}. The goal was {number(GOAL, 1, sign='+')}, so it is "
+        f"{'reached' if row['reached'] == 'yes' else 'missed'}."
+    )
+    if len(best) > 2:
+        largest = best.loc[best["difference"].abs().idxmax()]
+        rest = best.drop(largest.name)["difference"].mean()
+        where = heading({name: largest[name] for name in ("network", "setting", "epochs")})
+        said += (
+            f" A mean of few differences can rest on one of them: without the largest, "
+            f"{_signed(largest['difference'])} for {where} at {largest['budget']}, it is {_signed(rest)}."
+        )
+    return said
+
+
+def _section(name, rows, runs, pairs, summary, place):
+    """Return a group's heading, recipe, table, reading and figure."""
+    group = rows.iloc[0]
+    said = [*_reading(rows, pairs, _part(summary, "best comparator")), *_fixed_strength(runs, pairs)]
+    text = [f"### {heading({key: group[key] for key in GROUP[:-1]})}", f"Recipe: {group['recipe']}."]
+    text += [_table(tables.overview(rows)), "\n".join(said)]
+    text += place.show(f"pareto-{name}", f"Test accuracy against macs, {heading({'network': group['network']})}")
+    if len(others := _of_parameters(rows)):
+        text += ["Budgets on parameters, and on both:", _table(others)]
+    return text
+
+
+def _reading(rows, pairs, best):
+    cost = rows.set_index(["budget", "method", "options"])["training_cost"]
+    said = []
+    for pair in best.to_dict("records"):
+        rival = METHODS.get(pair["rival"], pair["rival"])
+        ours = cost[pair["budget"], "tailored", pair["options"]]
+        theirs = cost[pair["budget"], pair["rival"], pair["options_rival"]]
+        said.append(
+            f"- At {pair['budget']} ours is {_points(pair['difference'])} *{rival}*, the best comparator there "
+            f"({_chance(pair['difference'], pair['se'])}). Training cost as much as {number(ours, 1)} dense epochs, "
+            f"against {number(theirs, 1)}."
+        )
+    for pair in pairs[(pairs["rival"] == "dense") & (pairs["budget"] == "50 % macs")].to_dict("records"):
+        reached = "within" if pair["difference"] >= GOAL_DENSE else "not within"
+        said.append(
+            f"- At half the macs ours is {_points(pair['difference'])} the dense network of as many epochs, {reached} "
+            f"the goal of {number(-GOAL_DENSE, 1)} ({_chance(pair['difference'], pair['se'])})."
+        )
+    return said
+
+
+def _fixed_strength(runs, pairs):
+    fixed = pairs[pairs["rival"] == "fixed_strength"]
+    left = runs[runs["method"] == "fixed_strength"]["before_macs"]
+    if fixed.empty or left.isna().all():
+        return []
+    low, high = number(left.min(), 0), number(left.max(), 0)
+    ends = [f"{_signed(d)} points ({b})" for d, b in zip(fixed["difference"], fixed["budget"], strict=True)]
+    return [
+        f"- The penalty of fixed strength had by itself come down to {low} % of the macs"
+        f"{'' if low == high else f' in one run and {high} % in another'}, whatever the budget. Cut to the budget, the "
+        f"difference of ours to it is {_listed(ends)}."
+    ]
+
+
+def _of_parameters(rows):
+    table = rows[(rows["method"] == "tailored") & rows["budget"].str.contains("params")]
+    return table[["budget", "accuracy", "n", "delta_dense", "macs", "params", "utilisation"]]
+
+
+def _lengths(accuracy, place):
+    """Return the figures of accuracy against length and against the cost of training, as far as they are there."""
+    lengths, costs = [], []
+    for name, rows in study_plots.groups(accuracy, by_length=False).items():
+        where = heading({key: rows[key].iloc[0] for key in ("network", "data", "setting")})
+        lengths += place.show(f"length-{name}", f"Accuracy against length, {where}")
+        costs += place.show(f"training-cost-{name}", f"Accuracy against the cost of training, {where}")
+    lengths = ["## Does the order change with length?", LENGTH, *lengths] if lengths else []
+    return lengths + (["## Accuracy against the cost of training", COST, *costs] if costs else [])
+
+
+LENGTH = (
+    "The same start, recipe and budget at several lengths. A point is a whole run with its own schedule, not a moment "
+    "of a longer one. Where lines cross, what recovers fast is not what ends best."
+)
+COST = (
+    "A run that is small after a part of its steps costs less than one that trains the dense network first. The cost "
+    "counts multiply-accumulates times images, forward and backward, in epochs of the dense network. What made the "
+    "weights that a run starts from is not in it."
+)
+
+
+def _beside(accuracy, published, place):
+    beside = tables.beside_published(accuracy, published)
+    text = ["## Beside published results", BESIDE]
+    for network, rows in beside.groupby("network", sort=False):
+        said = []
+        for budget, near in rows.groupby("budget", sort=False):
+            change = pd.to_numeric(near["change"], errors="coerce")
+            others, ours = change[near["source"] == "published"].dropna(), change[near["source"] == "here"].dropna()
+            if len(others) and len(ours):
+                said.append(
+                    f"- {NAMES.get(network, network)}, {budget}: {_range(ours)} here; {_range(others)} in "
+                    f"{_count(len(others), 'published result')}."
+                )
+        if said:
+            text += ["\n".join(said)]
+            text += place.show(f"published-{network}", f"Change of accuracy against macs saved, {network}")
+    return text if len(text) > 2 else []
+
+
+BESIDE = (
+    "Others' data, recipes and lengths differ, so this is no ranking. What can be compared is the change from each "
+    "one's own dense network, in points, at a cost within 5 points of ours "
+    "([all rows with their sources](../results/tables/published.md)). Of the paper that this study follows only the "
+    "abstract is public."
+)
+
+
+class _Place:
+    """Where the page stands: relative links from ``folder``, and the figures that are there."""
+
+    def __init__(self, figures, folder):
+        self.figures, self.folder = figures, folder
+
+    def to(self, path):
+        return Path(os.path.relpath(path, self.folder)).as_posix()
+
+    def show(self, stem, words):
+        path = self.figures / f"{stem}.png"
+        return [f"![{words}]({self.to(path)})"] if path.exists() else []
+
+
+def _table(table):
+    """Return a table as Markdown, without what all of its rows have in common."""
+    shared = [name for name in GROUP if name in table and table[name].nunique() == 1]
+    return "\n".join(lines(table, without=shared))
+
+
+def _points(difference):
+    side = "above" if difference > 0 else "below"
+    return f"{number(abs(difference), 2)} points {side}" if number(abs(difference), 2) != "0.00" else "level with"
+
+
+def _chance(difference, se):
+    if absent(se):
+        return "one seed on a side, so it may be chance"
+    return f"standard error {number(se, 2)}" + ", so it may be chance" * bool(abs(difference) < 2 * se)
+
+
+def _signed(points):
+    return number(points, 2, sign="+")
+
+
+def _range(changes):
+    low, high = _signed(changes.min()), _signed(changes.max())
+    return low if low == high else f"{low} to {high}"
+
+
+def _count(number_of, one, many=None):
+    return f"{number_of:.0f} {one if number_of == 1 else many or one + 's'}"
+
+
+def _listed(words):
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

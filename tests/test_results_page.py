@@ -1,0 +1,107 @@
+"""docs/results.md: its numbers are those of the runs, and a study that is added finds its place."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from tcp_core.study import results_page, study_plots, tables
+from tcp_core.training.plots import save_figure
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
+DEFAULTS = tables.run_defaults(ROOT / "notebooks" / "10_run.ipynb")
+PUBLISHED = pd.read_csv(ROOT / "results" / "published.csv")
+
+
+def page(study, **places):
+    places = {"figures": ROOT / "figures", "experiments": ROOT / "experiments", "folder": ROOT / "docs"} | places
+    return results_page.page(study, PUBLISHED, **places)
+
+
+@pytest.fixture(scope="module")
+def study():
+    return tables.study(ROOT / "results" / "runs", DEFAULTS)
+
+
+def test_the_committed_page_follows_from_the_committed_runs(study):
+    """Whoever adds runs must run `make report` and commit what it makes."""
+    assert page(study) == PAGE.read_text(encoding="utf-8")
+
+
+def test_every_run_that_was_compared_is_on_the_page(study):
+    text = page(study)
+    accuracy = tables.accuracy(study)
+    overview = tables.overview(accuracy)
+    budgets = [name for name in overview if name.endswith("macs") or name == "dense"]
+    cells = [cell for name in budgets for cell in overview[name].dropna()]
+    assert len(cells) > 30
+    assert all(f"| {cell} " in text for cell in cells)
+    best = tables.summary(tables.differences(accuracy)).query("part == 'best comparator'")
+    assert len(re.findall("the best comparator there", text)) == len(best)
+    losses = (best["difference"] < -0.005).sum()
+    assert len(re.findall(r"points below \*[^*]+\*, the best comparator there", text)) == losses > 0
+
+
+def longer(tmp_path, epochs=20, gain=0.02):
+    """Return the study with some runs of the short study once more, as if they had been longer."""
+    runs = tmp_path / "runs"
+    shutil.copytree(ROOT / "results" / "runs", runs)
+    for path in (ROOT / "results" / "runs" / "cifar10-cpu" / "pretrained").glob("*-seed0"):
+        if not re.match("(tailored|taylor)-macs0.(5|15)-|dense", path.name):
+            continue
+        copy = runs / "cifar10-long" / "pretrained" / path.name
+        shutil.copytree(path, copy, dirs_exist_ok=True)
+        for name, change in (("params", {"epochs": epochs}), ("metrics", None)):
+            value = json.loads((copy / f"{name}.json").read_text())
+            value |= change or {"test_accuracy": value["test_accuracy"] + gain}
+            (copy / f"{name}.json").write_text(json.dumps(value))
+    return tables.study(runs, DEFAULTS)
+
+
+def test_a_longer_study_finds_its_section_and_its_figure(tmp_path, study):
+    study = longer(tmp_path)
+    accuracy = tables.accuracy(study)
+    drawn = []
+    for name, rows in study_plots.groups(accuracy, by_length=False).items():
+        rows = study_plots.several_lengths(rows)
+        if len(rows):
+            figure = study_plots.length_figure(rows)
+            assert [axes.get_title(loc="left") for axes in figure.axes] == ["50 % macs", "15 % macs"]
+            assert all(line.get_xdata().max() == 20 for axes in figure.axes for line in axes.get_lines()[:1])
+            save_figure(figure, tmp_path / "figures" / f"length-{name}")
+            drawn.append(name)
+    assert drawn == ["resnet20-cifar10-jpeg-pretrained"]
+    assert plt.get_fignums() == []
+    text = page(study, figures=tmp_path / "figures", folder=tmp_path)
+    title, _ = results_page.STUDIES["cifar10-long"]
+    assert f"## {title}" in text
+    assert text.index("## Short runs on") < text.index(f"## {title}") < text.index("## A stand-in for")
+    assert "### ResNet-20, cifar10-jpeg, from a pretrained network, 20 epochs" in text
+    assert "(figures/length-resnet20-cifar10-jpeg-pretrained.png)" in text
+    assert "cifar10-long) is declared" not in text
+    assert "[cifar10-paper]" in text
+
+
+def test_what_ran_at_one_length_alone_has_no_figure_of_length(study):
+    for _, rows in study_plots.groups(tables.accuracy(study), by_length=False).items():
+        if rows["epochs"].nunique() == 1:
+            assert study_plots.several_lengths(rows).empty
+
+
+def test_an_unknown_study_has_a_section_of_its_own_name(study):
+    other = study.assign(run=study["run"].str.replace("tiny-imagenet-cpu", "mine"))
+    assert "\n## mine\n" in page(other)
+
+
+def test_sentences_say_which_side_and_whether_it_may_be_chance():
+    assert results_page._points(-0.234) == "0.23 points below"
+    assert results_page._points(0.5) == "0.50 points above"
+    assert results_page._points(0.004) == "level with"
+    assert results_page._chance(0.3, 0.2) == "standard error 0.20, so it may be chance"
+    assert results_page._chance(-0.5, 0.2) == "standard error 0.20"
+    assert results_page._chance(0.5, float("nan")) == "one seed on a side, so it may be chance"
