@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -110,11 +112,120 @@ def test_images_in_memory_go_on_too(images, tmp_path):
 def test_a_damaged_checkpoint_is_passed_over(images, tmp_path):
     with pytest.raises(Stop):
         run(images, tmp_path, stop=40)
-    _, second = sorted(tmp_path.iterdir())
+    first, second = sorted(tmp_path.iterdir())
     second.write_bytes(second.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match=f"{second.name} is damaged .* the checkpoint before it is taken"):
+    said = (
+        rf"a checkpoint in .* is damaged and passed over \({second.name}: its SHA-256 .*{first.name} before it is taken"
+    )
+    with pytest.warns(UserWarning, match=said):
         resumed = run(images, tmp_path)
     same(run(images), resumed)
+
+
+def test_numbers_of_numpy_are_written_as_python_s(images, tmp_path):
+    """They were written, and then refused when they were read: the run started from zero."""
+    options = {"lr": np.float64(0.05), "weight_decay": np.float32(5e-4), "accumulate": 1}
+    whole = run(images, **options)
+    with pytest.raises(Stop):
+        run(images, tmp_path, stop=20, **options)
+    steps = []
+    same(whole, run(images, tmp_path, on_step=lambda step, steps_: steps.append(step), **options))
+    assert steps[0] == 15
+    for path in tmp_path.iterdir():
+        assert type(checkpoints._read(path)["recipe"]["lr"]) is float
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (np.float64(0.1), float), (np.float32(0.5), float), (np.int64(3), int), (np.bool_(True), bool),
+        (np.str_("text"), str), (Path("a/b"), str), (np.arange(3, dtype=np.uint32), torch.Tensor),
+        (torch.nn.Parameter(torch.ones(2)), torch.Tensor), (torch.Size([2]), tuple), (frozenset({1}), set),
+        (OrderedDict(a=1), dict), (defaultdict(list, a=[np.int8(1)]), dict), (b"x", bytes), (None, type(None)),
+        (torch.float32, torch.dtype), (2**200, int),
+    ],
+)  # fmt: skip
+def test_values_come_back_in_plain_types(tmp_path, value, kind):
+    checkpoints.write(tmp_path, 1, {"at": [(value, {"deeper": value})]})
+    ((found, deeper),) = checkpoints.newest(tmp_path)["at"]
+    assert type(found) is type(deeper["deeper"]) is kind
+    if isinstance(found, torch.Tensor):
+        torch.testing.assert_close(found, torch.as_tensor(value).detach())
+    else:
+        assert found == (str(value) if isinstance(value, Path) else value)
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"optimizer\.state\[1\] is a .*Stop, which a checkpoint cannot hold"):
+        checkpoints.write(tmp_path, 1, {"optimizer": {"state": [0, Stop()]}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_model_keeps_beside_its_state_is_kept(tmp_path):
+    checkpoints.write(tmp_path, 1, {"model": torch.nn.BatchNorm2d(3).state_dict()})
+    assert checkpoints.newest(tmp_path)["model"]._metadata[""] == {"version": 2}
+
+
+def flipped(path, random):
+    """The file with one bit changed."""
+    content = bytearray(path.read_bytes())
+    content[random.integers(len(content))] ^= 1 << random.integers(8)
+    path.write_bytes(content)
+
+
+def test_no_file_in_which_a_bit_has_changed_loads_as_good(tmp_path):
+    model = network()
+    state = {"model": model.state_dict(), "history": [{"loss": 0.5}], "text": "x" * 100}
+    checkpoints.write(tmp_path, 7, state)
+    path = checkpoints.write(tmp_path, 14, state)
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(200):
+        path.write_bytes(whole)
+        flipped(path, random)
+        with pytest.warns(UserWarning, match=r"000000014.ckpt: .*; 000000007.ckpt before it is taken"):
+            checkpoints.newest(tmp_path)
+    for length in (0, 1, 60, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.warns(UserWarning, match="damaged and passed over"):
+            checkpoints.newest(tmp_path)
+    path.write_bytes(whole + b"0")
+    with pytest.warns(UserWarning, match="SHA-256"):
+        checkpoints.newest(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_never_makes_a_new_one_vanish(tmp_path):
+    """They are of later steps than what is written from then on."""
+    for step in (70, 80, 90):
+        checkpoints.write(tmp_path, step, {"step": step})
+    bad = tmp_path / "000000090.ckpt"
+    bad.write_bytes(b"damaged")
+    for step in (81, 82, 83):
+        with pytest.warns(UserWarning, match="damaged"):
+            assert checkpoints.newest(tmp_path)["step"] == max(80, step - 1)
+        checkpoints.write(tmp_path, step, {"step": step})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000082.ckpt", "000000083.ckpt", "000000090.ckpt"]
+    checkpoints.write(tmp_path, 90, {"step": 90})
+    assert checkpoints.newest(tmp_path)["step"] == 90
+    checkpoints.write(tmp_path, 1_000_000_000, {"step": 1_000_000_000})
+    assert checkpoints.newest(tmp_path)["step"] == 1_000_000_000
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_run_of_which_nothing_can_be_read_is_not_started_anew(images, tmp_path):
+    with pytest.raises(Stop):
+        run(images, tmp_path, stop=40)
+    for path in tmp_path.iterdir():
+        flipped(path, np.random.default_rng(1))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read .*Nothing was started and nothing del"):
+        run(images, tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_checkpoint_of_the_version_before_is_named_as_that(tmp_path):
+    torch.save({"step": 3}, tmp_path / "000000003.ckpt")
+    with pytest.raises(CheckpointError, match=r"of another version of tcp_core.*format 1; this one reads 2"):
+        checkpoints.newest(tmp_path)
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(images, tmp_path, monkeypatch):

@@ -1,27 +1,38 @@
 """Checkpoints of a training run: one file each, whole or not there, the last two kept; nothing in them is executed.
 
 A file is written beside its place, flushed to disk and then renamed, so a run that is killed, or a disk that is full,
-leaves the checkpoints before it as they were.
+leaves the checkpoints before it as they were. It starts with a line that has the SHA-256 of what follows: a file in
+which a single bit has changed is not read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+from torch import Tensor
 
 KEPT = 2
 """How many checkpoints stay: should the newest be damaged, there is one before it."""
 
+FORMAT = 2
+"""1 had no hash, and neither the batch size nor the options of the pruning in its recipe."""
+
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or that belongs to another run."""
+    """A checkpoint that cannot be written or read, or that belongs to another run."""
+
+
+class _Damaged(Exception):
+    """Why one file cannot be read."""
 
 
 def prepare(folder: str | Path) -> None:
@@ -37,21 +48,30 @@ def prepare(folder: str | Path) -> None:
 
 
 def write(folder: str | Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Write ``state`` (tensors, numbers, text, and dicts and lists of these) as the checkpoint of ``step``.
+    """Write ``state`` (see :func:`plain`) as the checkpoint of ``step``, and delete all but the ``KEPT`` last.
 
-    ``folder`` is one that :func:`prepare` has made. Raises CheckpointError if it cannot be written to or the disk is
-    full; older checkpoints are untouched.
+    ``folder`` is one that :func:`prepare` has made. Files of later steps are left alone and do not count: a run writes
+    in rising order, so they are of a run that went back because they could not be read.
+
+    Raises:
+        CheckpointError: if the folder cannot be written to, the disk is full or the state holds what a checkpoint
+            cannot; older checkpoints are untouched.
     """
-    folder = Path(folder)
+    folder, state = Path(folder), plain(state)
     path = folder / f"{step:09d}.ckpt"
     part = path.with_suffix(".part")
     try:
         with part.open("wb") as file:
-            torch.save(dict(state), file)
+            file.write(_header(""))
+            body = _Hashing(file)
+            torch.save(state, body)
+            file.seek(0)
+            file.write(_header(body.hash.hexdigest()))
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        for old in _found(folder)[:-KEPT]:
+        _sync(folder)
+        for old in [each for each in _found(folder) if _step(each) <= step][:-KEPT]:
             old.unlink()
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         part.unlink(missing_ok=True)
@@ -64,15 +84,33 @@ def write(folder: str | Path, step: int, state: Mapping[str, Any]) -> Path:
 
 
 def newest(folder: str | Path) -> dict[str, Any] | None:
-    """Return the state of the newest checkpoint that can be read, None if there is none.
+    """Return the state of the newest checkpoint that can be read, None if ``folder`` has none.
 
-    Only tensors and plain values are read (``weights_only``). A damaged file is named in a warning and passed over.
+    Only tensors and plain values are read (``weights_only``). A damaged file is named in a warning and passed over; it
+    is not deleted.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none can be read. Nothing is started anew then and nothing
+            deleted: hours of training may be at stake, and the files may be whole elsewhere.
     """
+    damaged = []
     for path in reversed(_found(Path(folder))):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, UnpicklingError, ValueError, KeyError) as error:
-            warnings.warn(f"{path} is damaged ({error}); the checkpoint before it is taken.", stacklevel=2)
+            state = _read(path)
+        except _Damaged as error:
+            damaged.append(f"{path.name}: {error}")
+            continue
+        for text in damaged:
+            warnings.warn(
+                f"a checkpoint in {folder} is damaged and passed over ({text}); {path.name} before it is taken.",
+                stacklevel=2,
+            )
+        return state
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint in {folder} can be read ({'; '.join(damaged)}). Nothing was started and nothing deleted. "
+            f"Put whole copies of them there, or delete them to start anew."
+        )
     return None
 
 
@@ -85,5 +123,111 @@ def remove(folder: str | Path) -> None:
         folder.rmdir()
 
 
+def plain(value: Any, place: str = "") -> Any:
+    """Return ``value`` in the types that are read again without executing anything.
+
+    These are None, bool, int, float, complex, str, bytes, tensors, and dicts, lists, tuples and sets of them. Numbers
+    and arrays of NumPy become Python's and tensors, paths text, and subclasses the class itself.
+
+    Raises:
+        CheckpointError: for anything else, with its ``place``.
+    """
+    if value is None or isinstance(value, (bool, np.bool_)):
+        return None if value is None else bool(value)
+    for kinds, kind in (
+        ((str, os.PathLike), _text),
+        ((int, np.integer), int),
+        ((float, np.floating), float),
+        ((complex, np.complexfloating), complex),
+        ((bytes, bytearray), bytes),
+    ):
+        if isinstance(value, kinds):
+            return kind(value)
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(value.copy())
+    if isinstance(value, (torch.dtype, torch.device)):
+        return value
+    if isinstance(value, Mapping):
+        new = {plain(key, place): plain(each, f"{place}.{key}" if place else str(key)) for key, each in value.items()}
+        if (versions := getattr(value, "_metadata", None)) is None:  # of the modules in a model's state
+            return new
+        new = type(torch.nn.Module().state_dict())(new)
+        new._metadata = plain(versions)
+        return new
+    if isinstance(value, (list, tuple, set, frozenset)):
+        kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
+        return (set if kind is frozenset else kind)(plain(each, f"{place}[{i}]") for i, each in enumerate(value))
+    raise CheckpointError(
+        f"{place or 'the state'} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot "
+        f"hold; it holds numbers, text, tensors, and dicts and lists of these."
+    )
+
+
+def _text(value: str | os.PathLike) -> str:
+    text = str(value) if isinstance(value, str) else os.fspath(value)
+    return "".join(text) if isinstance(text, str) else os.fsdecode(text)  # join: no subclass of str
+
+
+class _Hashing:
+    """What torch.save writes to: a file, and the hash of all that went there."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _header(digest: str) -> bytes:
+    return f"tcp_core checkpoint {FORMAT} sha256 {digest:0>64}\n".encode()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the state in one file; raise _Damaged if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            line = file.readline(len(_header("")))
+            said = re.fullmatch(rb"tcp_core checkpoint (\d+) sha256 ([0-9a-f]{64})\n", line)
+            if line.startswith(b"PK\3\4") or (said and int(said[1]) != FORMAT):
+                raise _Damaged(
+                    f"it is of another version of tcp_core, with which the run can be finished (format "
+                    f"{int(said[1]) if said else 1}; this one reads {FORMAT})"
+                )
+            if not said:
+                raise _Damaged("it does not start as a checkpoint does")
+            if (found := hashlib.file_digest(file, "sha256").hexdigest()) != said[2].decode():
+                raise _Damaged(f"its SHA-256 is {found[:12]}..., and {said[2][:12].decode()}... was written")
+            file.seek(len(line))
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except (_Damaged, MemoryError):
+        raise
+    except Exception as error:  # of the disk, or torch's, which are many
+        raise _Damaged(f"{type(error).__name__}: {error}") from error
+    if not isinstance(state, dict):
+        raise _Damaged(f"it holds a {type(state).__name__}")
+    return state
+
+
 def _found(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.ckpt"))
+    """Return the checkpoints in order of their steps, the newest last."""
+    return sorted((path for path in folder.glob("*.ckpt") if path.stem.isdecimal()), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.stem)
+
+
+def _sync(folder: Path) -> None:
+    """Have a renamed file survive a power cut, before what it replaces is deleted."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
