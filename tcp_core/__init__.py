@@ -14,6 +14,7 @@ from .storage import FileError, load, save
 from .tailor import Report, Tailor
 from .tracing import trace
 from .training.fit import FitResult, evaluate, fit
+from .training.ladder import Ladder, ladder
 
 __all__ = [
     "Budget",
@@ -23,6 +24,7 @@ __all__ = [
     "ExportError",
     "FileError",
     "FitResult",
+    "Ladder",
     "RemovalError",
     "Report",
     "Tailor",
@@ -30,6 +32,7 @@ __all__ = [
     "evaluate",
     "export",
     "fit",
+    "ladder",
     "load",
     "remove",
     "save",

@@ -1,0 +1,214 @@
+"""A whole curve of accuracy against cost from one run: down a ladder of budgets, rung by rung."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from ..controller import Controller
+from ..cost import Budget, BudgetError
+from ..datasets.images import Images
+from ..storage import load, save
+from ..tracing import trace
+from . import checkpoints
+from .batches import by_epoch
+from .fit import fit
+from .processes import agree, rank_and_world
+
+
+@dataclass
+class Ladder:
+    """What a ladder leaves.
+
+    Attributes:
+        models: the network of each rung, from the largest down, on the CPU; plain modules that share nothing.
+        table: one row a rung: rung (from 1), budget (as given), each cost and its share of the dense network's (macs,
+            macs_share, ...), train_loss, val_loss, val_accuracy (a fraction, after the rung's last epoch), epochs,
+            seconds.
+        history: one row an epoch of all rungs, see :class:`tcp_core.FitResult`, with ``rung``; epochs are counted on.
+    """
+
+    models: list[nn.Module]
+    table: pd.DataFrame
+    history: pd.DataFrame
+
+
+def ladder(
+    model: nn.Module,
+    train: Images | Iterable,
+    val: Images | Iterable | None = None,
+    *,
+    budgets: Sequence[Budget | Mapping],
+    epochs: int | Sequence[int],
+    folder: str | Path | None = None,
+    on_epoch: Callable[[dict], Any] | None = None,
+    **options: Any,
+) -> Ladder:
+    """Bring ``model`` down to each budget in turn, and keep the network of every rung.
+
+    Each rung is a run of :func:`tcp_core.fit` that starts from the network of the rung above: its gates close, it is
+    made smaller and trained to the end of a learning-rate schedule of its own. Training the dense network, and all that
+    the upper rungs cost, is paid once for the whole curve.
+
+    Args:
+        model: the dense network, trained or not; it goes down the ladder itself.
+        train, val: as in :func:`tcp_core.fit`.
+        budgets: from the largest to the smallest. Fractions are of the *dense* network's cost at every rung.
+        epochs: passes over ``train`` on each rung: one number for all, or one for each.
+        folder: where each rung's network (``rung1.safetensors``, for :func:`tcp_core.load`), the table and checkpoints
+            are kept. A ladder that was stopped goes on from there.
+        on_epoch: called with each row of the history.
+        options: further options of :func:`tcp_core.fit`, the same on every rung.
+
+    Raises:
+        BudgetError: before any training, if a budget cannot be met or is not below the one before it.
+        ValueError: for other bad input, or if ``folder`` holds another ladder.
+
+    Example:
+        >>> curve = tcp.ladder(model, train, val, budgets=[{"macs": 0.7}, {"macs": 0.5}], epochs=10)  # doctest: +SKIP
+        >>> curve.table[["macs_share", "val_accuracy"]]  # doctest: +SKIP
+    """
+    if refused := {"budget", "prune", "checkpoints"} & options.keys():
+        raise TypeError(f"{', '.join(sorted(refused))}: a ladder takes budgets=[...], and folder=... for checkpoints.")
+    budgets = [Budget.of(budget) for budget in budgets]
+    epochs = [epochs] * len(budgets) if isinstance(epochs, int) else list(epochs)
+    if not budgets or len(epochs) != len(budgets):
+        raise ValueError(
+            f"{len(budgets)} budgets and {len(epochs)} numbers of epochs; give one for each, at least one."
+        )
+    dense, bounds = _planned(model, train, budgets, epochs, options)
+    said = {name: repr(value) for name, value in sorted(options.items()) if name not in UNSAID}
+    plan = {"bounds": bounds, "epochs": epochs, "dense": dense, "options": said}
+    place = None if folder is None else _Folder(Path(folder), json.loads(json.dumps(plan)))
+    done = [] if place is None else place.read()
+    agree({"rungs": len(done)})  # not if each machine has a folder of its own
+    models = [] if place is None else [place.network(model, rung) for rung in range(len(done))]
+    if models:
+        model = copy.deepcopy(models[-1]).to(_device(model, options))
+
+    for rung in range(len(done), len(budgets)):
+        before = sum(epochs[:rung])
+
+        def numbered(row: dict, rung: int = rung, before: int = before) -> dict:
+            return {"rung": rung + 1, **row, "epoch": row["epoch"] + before}
+
+        result = fit(
+            model,
+            train,
+            val,
+            budget=bounds[rung],
+            epochs=epochs[rung],
+            checkpoints=None if place is None else place.checkpoints(rung),
+            on_epoch=None if on_epoch is None else lambda row, numbered=numbered: on_epoch(numbered(row)),
+            **options,
+        )
+        model = result.model
+        history = [numbered(row) for row in result.history.to_dict("records")]
+        done.append({"row": _row(rung, budgets[rung], result.report, history, dense), "history": history})
+        models.append(copy.deepcopy(model).cpu())
+        if place is not None:
+            place.write(model, done)
+    table = pd.DataFrame([rung["row"] for rung in done])
+    return Ladder(models, table, pd.DataFrame([row for rung in done for row in rung["history"]]))
+
+
+UNSAID = ("device", "on_step")
+"""Options that results do not depend on."""
+
+
+def _planned(
+    model: nn.Module, train: Images | Iterable, budgets: Sequence[Budget], epochs: Sequence[int], options: Mapping
+) -> tuple[dict[str, float], list[dict]]:
+    """Return the dense network's costs, and each budget in absolute numbers; raise where one cannot be met."""
+    given = {name: options[name] for name in inspect.signature(Controller).parameters if name in options}
+    batches = by_epoch(train, options.get("batch_size", 128), "none", 0, _device(model, options))(0)
+    length = len(batches) // options.get("accumulate", 1)
+    channels = trace(model, next(iter(batches))[0][:2], ignore=options.get("ignore", ()))
+    dense: dict[str, float] = {}
+    bounds = []
+    for rung, (budget, passes) in enumerate(zip(budgets, epochs, strict=True)):
+        controller = Controller(channels, budget, steps=passes * length, **given)
+        dense |= controller.dense
+        above, here = bounds[-1] if bounds else {}, dict(controller.bounds)
+        if bounds and not any(here[name] < above.get(name, float("inf")) for name in here):
+            raise BudgetError(
+                f"budget {rung + 1} ({budget.as_dict()}) is not below the one before it "
+                f"({budgets[rung - 1].as_dict()}); give budgets from the largest to the smallest."
+            )
+        if higher := [name for name in here if here[name] > above.get(name, here[name])]:
+            raise BudgetError(
+                f"budget {rung + 1} ({budget.as_dict()}) allows more {higher[0]} than the one before it "
+                f"({budgets[rung - 1].as_dict()}), and what was removed does not come back."
+            )
+        bounds.append(here)
+    return dense, [_absolute(budget, here) for budget, here in zip(budgets, bounds, strict=True)]
+
+
+def _device(model: nn.Module, options: Mapping) -> torch.device:
+    return torch.device(options.get("device") or next(model.parameters()).device)
+
+
+def _absolute(budget: Budget, bounds: Mapping[str, float]) -> dict:
+    """Return the budget with its bounds in absolute numbers, which hold on all rungs: fractions are of dense."""
+    given = {name: value for name, value in budget.as_dict().items() if name in ("precision", "batch")}
+    return {name: f"{bound!r} ms" if name == "latency" else bound for name, bound in bounds.items()} | given
+
+
+def _row(rung: int, budget: Budget, report: Mapping, history: list[dict], dense: Mapping[str, float]) -> dict:
+    costs = {name: value for name, value in report["current"].items() if name in dense}
+    last = {name: history[-1][name] for name in ("train_loss", "val_loss", "val_accuracy")}
+    given = {name: f"{value:.0%}" if isinstance(value, float) else value for name, value in budget.as_dict().items()}
+    return {
+        "rung": rung + 1,
+        "budget": " + ".join(f"{value} {name}" for name, value in given.items()),
+        **costs,
+        **{f"{name}_share": value / dense[name] for name, value in costs.items()},
+        **last,
+        "epochs": len(history),
+        "seconds": sum(row["seconds"] for row in history),
+    }
+
+
+class _Folder:
+    """Where a ladder's networks and state are kept: ``ladder.json`` is written after each rung's network."""
+
+    def __init__(self, path: Path, plan: dict) -> None:
+        self.path, self.plan, self.state = path, plan, path / "ladder.json"
+
+    def read(self) -> list[dict]:
+        """Return what is kept of each rung that is done."""
+        if not self.state.exists():
+            return []
+        saved = json.loads(self.state.read_text(encoding="utf-8"))
+        for name, value in self.plan.items():
+            if saved["plan"][name] != value:
+                raise ValueError(
+                    f"{self.path} holds a ladder with {name} {saved['plan'][name]}, and {value} is asked for now: "
+                    f"choose another folder, or delete that one."
+                )
+        return saved["rungs"]
+
+    def network(self, dense: nn.Module, rung: int) -> nn.Module:
+        return load(copy.deepcopy(dense).cpu(), self.path / f"rung{rung + 1}.safetensors")
+
+    def checkpoints(self, rung: int) -> Path:
+        return self.path / f"checkpoints{rung + 1}"
+
+    def write(self, model: nn.Module, rungs: list[dict]) -> None:
+        if rank_and_world()[0] > 0:
+            return
+        save(model, self.path / f"rung{len(rungs)}.safetensors")
+        part = self.state.with_suffix(".part")
+        part.write_text(json.dumps({"plan": self.plan, "rungs": rungs}, indent=1), encoding="utf-8")
+        os.replace(part, self.state)
+        checkpoints.remove(self.checkpoints(len(rungs) - 1))

@@ -1,0 +1,131 @@
+"""Down a ladder of budgets: one network a rung, each within its budget, and a ladder that is stopped goes on."""
+
+import copy
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+import tcp_core as tcp
+from tcp_core import BudgetError, nets
+from tcp_core.datasets import sources
+
+BUDGETS = [{"macs": 0.7}, {"macs": "45%", "params": 0.6}, {"macs": 0.2}]
+
+
+@pytest.fixture(scope="module")
+def images():
+    train, val, _ = sources.digits()
+    return train.split(320)[1], val.split(100)[1]
+
+
+def build(seed=0):
+    torch.manual_seed(seed)
+    return nets.small_resnet(widths=(8, 16, 24), blocks=1, num_classes=10, in_channels=1)
+
+
+def descend(images, model=None, **options):
+    how = {"budgets": BUDGETS, "epochs": [10, 8, 8], "batch_size": 32, "lr": 0.05, "phase": (0.1, 0.5)}
+    return tcp.ladder(model or build(), *images, **how | options)
+
+
+@pytest.fixture(scope="module")
+def curve(images):
+    return descend(images)
+
+
+def test_every_rung_meets_its_budget_of_the_dense_network_and_uses_it(curve, images):
+    dense = tcp.trace(build(), images[0].pixels[:2].float()).cost()
+    for rung, (budget, model) in enumerate(zip(BUDGETS, curve.models, strict=True)):
+        cost = tcp.trace(model, images[0].pixels[:2].float()).cost()
+        bounds = tcp.Budget.of(budget).resolve(dense)
+        used = {name: cost[name] / bound for name, bound in bounds.items()}
+        assert 0.97 <= max(used.values()) <= 1  # a unit of so small a network is some percent
+        row = curve.table.iloc[rung]
+        assert (row["rung"], row["macs"], row["params"]) == (rung + 1, cost["macs"], cost["params"])
+        assert row["macs_share"] == cost["macs"] / dense["macs"]
+    assert curve.table["macs"].is_monotonic_decreasing
+    assert curve.table["budget"].to_list() == ["70% macs", "45% macs + 60% params", "20% macs"]
+
+
+def test_networks_are_kept_apart_and_are_as_good_as_the_table_says(curve, images):
+    for model, accuracy in zip(curve.models, curve.table["val_accuracy"], strict=True):
+        assert tcp.evaluate(model, images[1])["accuracy"] == pytest.approx(accuracy)
+    storages = [{p.data_ptr() for p in model.parameters()} for model in curve.models]
+    assert not set.intersection(*storages)
+
+
+def test_epochs_are_counted_on(curve):
+    assert curve.history["epoch"].to_list() == list(range(1, 27))
+    assert curve.history.groupby("rung").size().to_list() == [10, 8, 8]
+    assert curve.table["epochs"].to_list() == [10, 8, 8]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [5, 10, 14])
+def test_a_ladder_that_was_stopped_ends_as_if_it_had_not_been(curve, images, tmp_path, after):
+    def stop(row):
+        if row["epoch"] == after:
+            raise Stop
+
+    with pytest.raises(Stop):
+        descend(images, folder=tmp_path, on_epoch=stop)
+    seen = []
+    again = descend(images, folder=tmp_path, on_epoch=seen.append)
+    assert [row["epoch"] for row in seen] == list(range(after, 27))  # its row had not been kept yet
+    assert [row["rung"] for row in seen] == again.history["rung"].to_list()[after - 1 :]
+    for model, expected in zip(again.models, curve.models, strict=True):
+        for name, tensor in expected.state_dict().items():
+            assert model.state_dict()[name].equal(tensor), name
+    drop = ["seconds"]
+    pd.testing.assert_frame_equal(again.table.drop(columns=drop), curve.table.drop(columns=drop))
+    pd.testing.assert_frame_equal(again.history.drop(columns=drop), curve.history.drop(columns=drop))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "ladder.json",
+        *(f"rung{rung}.safetensors" for rung in (1, 2, 3)),
+    ]
+    small = tcp.load(build(seed=5), tmp_path / "rung2.safetensors")
+    x = images[1].pixels[:4].float()
+    assert torch.equal(small.eval()(x), curve.models[1].eval()(x))
+
+
+def test_another_ladder_in_the_folder_is_refused(images, tmp_path):
+    descend(images, folder=tmp_path, budgets=[{"macs": 0.5}], epochs=8)
+    for change, name in (
+        ({"budgets": [{"macs": 0.4}], "epochs": 8}, "bounds"),
+        ({"budgets": [{"macs": 0.5}], "epochs": 9}, "epochs"),
+        ({"budgets": [{"macs": 0.5}], "epochs": 8, "lr": 0.1}, "options"),
+    ):
+        with pytest.raises(ValueError, match=f"holds a ladder with {name}"):
+            descend(images, folder=tmp_path, **change)
+    assert len(json.loads((tmp_path / "ladder.json").read_text())["rungs"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"budgets": [{"macs": 0.5}, {"macs": 0.5}], "epochs": 8}, BudgetError, "not below the one before"),
+        ({"budgets": [{"macs": 0.5}, {"macs": 0.7}], "epochs": 8}, BudgetError, "from the largest to the smallest"),
+        (
+            {"budgets": [{"macs": 0.5, "params": 0.3}, {"macs": 0.3, "params": 0.5}], "epochs": 8},
+            BudgetError,
+            "allows more params",
+        ),
+        ({"budgets": [{"macs": 0.5}, {"macs": 0.0001}], "epochs": 8}, BudgetError, "below the floor"),
+        ({"budgets": [{"macs": 0.5}, {"flop": 0.1}], "epochs": 8}, BudgetError, "unknown budget key"),
+        ({"budgets": [], "epochs": 8}, ValueError, "at least one"),
+        ({"epochs": [8, 8, 1]}, ValueError, "steps=10 is too short"),
+        ({"epochs": [8, 8]}, ValueError, "3 budgets and 2 numbers of epochs"),
+        ({"prune": None}, TypeError, "budgets="),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(images, options, error, text):
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=text):
+        descend(images, model, **options)
+    assert all(model.state_dict()[name].equal(tensor) for name, tensor in before.items())
