@@ -62,6 +62,14 @@ def test_epochs_are_counted_on(curve):
     assert curve.table["epochs"].to_list() == [10, 8, 8]
 
 
+def test_training_is_charged_for_the_network_that_is_trained(curve):
+    """Rungs start at the cost of the one above and are small from somewhere in the phase on."""
+    shares = [1.0, *curve.table["macs_share"]]
+    for above, below, (_, row) in zip(shares, shares[1:], curve.table.iterrows(), strict=False):
+        least, most = (row["epochs"] * (share * above + (1 - share) * below) for share in (0.1, 0.5))
+        assert least < row["training_cost"] <= most + 1e-9
+
+
 class Stop(Exception):
     pass
 

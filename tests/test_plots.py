@@ -33,6 +33,10 @@ def widths(layers):
     return pd.DataFrame({"layer": names, "dense": 64, "tailored": 32})
 
 
+def rungs():
+    return pd.DataFrame({"macs_share": [0.7, 0.4, 0.15], "val_accuracy": [0.88, 0.85, 0.715]})
+
+
 def texts(fig):
     return "\n".join(text.get_text() for text in fig.findobj(mpl.text.Text))
 
@@ -41,6 +45,7 @@ FIGURES = {
     "cost": lambda: plots.cost_figure(trajectory(), budget={"macs": 0.5}, dense=DENSE, epochs=12),
     "widths": lambda: plots.widths_figure(widths(20)),
     "accuracy": lambda: plots.accuracy_figure(history(), history(), frozen_epoch=2.5),
+    "curve": lambda: plots.curve_figure(rungs(), 0.9, rungs()),
 }
 
 
@@ -99,6 +104,10 @@ def test_missing_columns_are_named():
         plots.cost_figure(frame, budget={"macs": 0.5}, dense=DENSE)
     with pytest.raises(ValueError, match="widths has no rows"):
         plots.widths_figure(widths(0))
+
+
+def test_a_curve_names_the_accuracy_of_every_rung():
+    assert {"dense 90.0", "88.0", "71.5"} <= set(texts(plots.curve_figure(rungs(), 0.9)).split("\n"))
 
 
 def test_units_are_drawn_square_by_square():

@@ -15,6 +15,7 @@ from papermill.parameterize import parameterize_notebook
 
 from tcp_core.study import method_plots, pages, study_plots, tables
 from tcp_core.study.published import main, trim
+from tcp_core.training import frames
 from tcp_core.training.plots import save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +89,7 @@ def test_mean_spread_and_differences_by_hand(monkeypatch):
     ],
 )
 def test_training_costs_what_its_networks_cost(steps, frozen_at, cost):
-    assert tables.training_cost(8, 0.3, steps, frozen_at) == pytest.approx(cost)
+    assert frames.training_cost(8, 0.3, steps, frozen_at) == pytest.approx(cost)
 
 
 def test_the_overview_has_a_column_for_each_budget(monkeypatch):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..training.frames import training_cost
 from .pages import COSTS, GOAL, GOAL_DENSE, GROUP, KEY, METHODS, absent, heading, number
 from .published import ARCHITECTURES
 from .results import read_runs
@@ -82,20 +83,6 @@ def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
     relative = relative.where(table["machine"] == beside["machine"])
     table.insert(list(table).index("machine"), "seconds_of_dense", relative)
     return _in_order(table)
-
-
-def training_cost(epochs: float, macs: float, steps: float | None, frozen_at: float | None) -> float:
-    """Return what a run costs, in epochs of the dense network: multiply-accumulates times images, forward and backward.
-
-    `macs` is the tailored network's share of the dense one's, `frozen_at` the step of `steps` after which it was made
-    smaller. Backward costs twice what forward does in both networks, so the factor of 3 cancels. What is pruned before
-    the first step (`frozen_at` 1) is trained small throughout; its ranking, some hundred batches, is not counted, nor
-    is what made the weights that a run starts from.
-    """
-    if absent(steps) or absent(frozen_at):
-        return float(epochs)
-    dense = frozen_at / steps if frozen_at > 1 else 0.0
-    return epochs * (dense + (1 - dense) * macs)
 
 
 def overview(table: pd.DataFrame) -> pd.DataFrame:

@@ -21,3 +21,20 @@ def require(what: str, given, wanted) -> None:
         )
     if len(given) == 0:
         raise ValueError(f"{what} has no rows.")
+
+
+def training_cost(
+    epochs: float, macs: float, steps: float | None, frozen_at: float | None, before: float = 1.0
+) -> float:
+    """Return what a run costs, in epochs of the dense network: multiply-accumulates times images, forward and backward.
+
+    `macs` is the tailored network's share of the dense one's, `before` that of the network which the run started from,
+    and `frozen_at` the step of `steps` after which it was made smaller; None, or NaN, for a run that was not. Backward
+    costs twice what forward does in both networks, so the factor of 3 cancels. What is pruned before the first step
+    (`frozen_at` 1) is trained small throughout; its ranking, some hundred batches, is not counted, nor is what made
+    the weights that a run starts from.
+    """
+    if steps is None or frozen_at is None or steps != steps or frozen_at != frozen_at:  # only NaN differs from itself
+        return float(epochs) * before
+    first = frozen_at / steps if frozen_at > 1 else 0.0
+    return epochs * (first * before + (1 - first) * macs)

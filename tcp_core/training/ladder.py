@@ -22,7 +22,8 @@ from ..storage import load, save
 from ..tracing import trace
 from . import checkpoints
 from .batches import by_epoch
-from .fit import fit
+from .fit import FitResult, fit
+from .frames import training_cost
 from .processes import agree, rank_and_world
 
 
@@ -34,7 +35,7 @@ class Ladder:
         models: the network of each rung, from the largest down, on the CPU; plain modules that share nothing.
         table: one row a rung: rung (from 1), budget (as given), each cost and its share of the dense network's (macs,
             macs_share, ...), train_loss, val_loss, val_accuracy (a fraction, after the rung's last epoch), epochs,
-            seconds.
+            training_cost (epochs of the dense network, see :func:`tcp_core.training.frames.training_cost`), seconds.
         history: one row an epoch of all rungs, see :class:`tcp_core.FitResult`, with ``rung``; epochs are counted on.
     """
 
@@ -114,7 +115,8 @@ def ladder(
         )
         model = result.model
         history = [numbered(row) for row in result.history.to_dict("records")]
-        done.append({"row": _row(rung, budgets[rung], result.report, history, dense), "history": history})
+        above = done[-1]["row"]["macs"] if done else dense["macs"]
+        done.append({"row": _row(rung, budgets[rung], result, history, dense, above), "history": history})
         models.append(copy.deepcopy(model).cpu())
         if place is not None:
             place.write(model, done)
@@ -164,8 +166,10 @@ def _absolute(budget: Budget, bounds: Mapping[str, float]) -> dict:
     return {name: f"{bound!r} ms" if name == "latency" else bound for name, bound in bounds.items()} | given
 
 
-def _row(rung: int, budget: Budget, report: Mapping, history: list[dict], dense: Mapping[str, float]) -> dict:
-    costs = {name: value for name, value in report["current"].items() if name in dense}
+def _row(
+    rung: int, budget: Budget, result: FitResult, history: list[dict], dense: Mapping[str, float], above: float
+) -> dict:
+    costs = {name: value for name, value in result.report["current"].items() if name in dense}
     last = {name: history[-1][name] for name in ("train_loss", "val_loss", "val_accuracy")}
     given = {name: f"{value:.0%}" if isinstance(value, float) else value for name, value in budget.as_dict().items()}
     return {
@@ -175,6 +179,13 @@ def _row(rung: int, budget: Budget, report: Mapping, history: list[dict], dense:
         **{f"{name}_share": value / dense[name] for name, value in costs.items()},
         **last,
         "epochs": len(history),
+        "training_cost": training_cost(
+            len(history),
+            costs["macs"] / dense["macs"],
+            result.report["steps"],
+            result.frozen_at_step,
+            above / dense["macs"],
+        ),
         "seconds": sum(row["seconds"] for row in history),
     }
 

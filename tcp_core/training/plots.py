@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from torch import Tensor
 
 from ..channels import Channels
@@ -212,6 +212,42 @@ def accuracy_figure(
         axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
         axes.set(xlabel="epoch", ylabel="accuracy, %")
         axes.set_title("Accuracy after each epoch")
+        return finished(fig)
+
+
+def curve_figure(table: pd.DataFrame, dense_accuracy: float, separate: pd.DataFrame | None = None) -> Figure:
+    """Draw accuracy against the macs that are left, rung by rung of a ladder.
+
+    `table` is that of :class:`tcp_core.Ladder`, `dense_accuracy` the fraction that the dense network gets right, and
+    `separate`, with the same columns `macs_share` and `val_accuracy`, the networks of a run of its own at each budget.
+    The axis runs from dense to smaller and is logarithmic.
+    """
+    require("the ladder's table", table, ("macs_share", "val_accuracy"))
+    with style():
+        fig, axes = plt.subplots(figsize=(8.4, 4.4))
+        if separate is not None:
+            x, y = 100 * separate["macs_share"], 100 * separate["val_accuracy"]
+            axes.plot(x, y, "s--", color=COLORS["macs"], ms=6, lw=1.2, label="a run of its own at each budget")
+        x, y = 100 * table["macs_share"], 100 * table["val_accuracy"]
+        axes.plot([100, *x], [100 * dense_accuracy, *y], "o-", color=COLORS["tailored"], ms=7, label="the ladder")
+        axes.plot([100], [100 * dense_accuracy], "D", color=TEXT_GREY, ms=7, zorder=4)
+        axes.annotate(
+            f"dense {100 * dense_accuracy:.1f}", (100, 100 * dense_accuracy), (10, 6), textcoords="offset points",
+            color=TEXT_GREY, fontsize=9,
+        )  # fmt: skip
+        for share, accuracy in zip(x, y, strict=True):
+            axes.annotate(
+                f"{accuracy:.1f}", (share, accuracy), (5, 8), textcoords="offset points",
+                color=COLORS["tailored"], fontsize=9,
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_xlim(112, 0.85 * x.min())
+        axes.set_xticks([100, *x], [f"{share:.3g}" for share in (100, *x)])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(y=0.15)
+        axes.set(xlabel="macs left, % of dense (smaller networks to the right)", ylabel="validation accuracy, %")
+        axes.set_title("Accuracy at every cost, from one run")
+        axes.legend(loc="lower left")
         return finished(fig)
 
 
