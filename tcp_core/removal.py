@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,31 @@ def resized(model: nn.Module, index: Callable[[str, Tensor], Tensor]) -> tuple[n
     small = copy.deepcopy(model, dict(new))  # deepcopy takes what it finds in the memo as already copied
     for old, module in zip(model.modules(), small.modules(), strict=True):
         _fit_attributes(module, old._parameters.get("weight"))
+        remember_dense(module, _own_shapes(old))
     return small, new
+
+
+def remember_dense(module: nn.Module, before: Mapping[str, tuple[int, ...]]) -> None:
+    """Keep, as ``module.dense_shapes``, the shapes that a module's own tensors had before any was cut.
+
+    ``before`` are those before the last cut. Whoever saves, stacks or wraps the module can then tell what it came from.
+    """
+    if before != _own_shapes(module):
+        module.dense_shapes = dict(before) | getattr(module, "dense_shapes", {})
+
+
+def dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter and buffer in the dense network, by qualified name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: tuple(getattr(module, "dense_shapes", {}).get(name, shape))
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, shape in _own_shapes(module).items()
+    }
+
+
+def _own_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    own = (*module._parameters.items(), *module._buffers.items())
+    return {name: tuple(tensor.shape) for name, tensor in own if tensor is not None}
 
 
 def _fit_attributes(module: nn.Module, old_weight: Tensor | None) -> None:

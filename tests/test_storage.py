@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from zoo import counted, random_open
 
-from tcp_core import FileError, load, nets, remove, save, storage, trace
+from tcp_core import FileError, fit, load, nets, remove, save, storage, trace
+from tcp_core.datasets import sources
 
 
 def tailored(dense, x, share=0.5, seed=0):
@@ -293,6 +294,17 @@ def test_a_file_without_widths(small, tmp_path):
             r"is \(\d+, .*\) in the file and \(2, .*\) in the dense network",
         ),
         (lambda: nets.small_resnet(widths=(8, 12, 16), num_classes=4), r"'linear\.\w+' is \(10,.* and \(4,.*"),
+        # larger in every dimension, so that each layer could be made as small as the file's
+        (
+            lambda: nets.small_resnet(widths=(8, 12, 16), num_classes=12),
+            r"'linear.weight' is \(10, 16\) \(pruned to \(10, \d+\)\) in the file and \(12, 16\) in the dense network; "
+            r"'linear.bias' is \(10,\) in the file and \(12,\) in the dense",
+        ),
+        (lambda: nets.small_resnet(widths=(8, 12, 20)), r"'layer3.* is .* in the file and \(20, .*; \d+ more differ"),
+        (
+            lambda: nets.small_resnet(widths=(8, 12, 16), in_channels=3),
+            r"'conv1.weight' is \(8, 1, 3, 3\).*\(8, 3, 3, 3",
+        ),
         (
             lambda: nn.Sequential(nn.Conv2d(1, 8, 3)),
             r"a ResNet that does not fit this Sequential: only one of them has",
@@ -338,6 +350,59 @@ def narrow(tensors):
 def test_a_file_that_contradicts_itself(path, changes):
     with pytest.raises(FileError, match=r"small\.safetensors"):
         load(dense_resnet(), rewritten(path, **changes))
+
+
+def test_an_untouched_network_of_another_head_is_refused_too(tmp_path):
+    path = save(nets.small_resnet(widths=(8, 12, 16), num_classes=4), tmp_path / "four.safetensors")
+    with pytest.raises(FileError, match=r"'linear.weight' is \(4, 16\) in the file and \(10, 16\)"):
+        load(dense_resnet(), path)
+
+
+def test_a_network_knows_its_dense_shapes_wherever_it_goes(small, images, tmp_path):
+    """Cut again, copied, pickled, loaded, and as a part of another."""
+    torch.save(small, tmp_path / "pickled.pt")
+    again = tailored(small, images, share=0.7)
+    assert again.conv1.out_channels <= small.conv1.out_channels
+    pickled = torch.load(tmp_path / "pickled.pt", weights_only=False)
+    first = load(dense_resnet(), save(small, tmp_path / "first.safetensors"))
+    for number, network in enumerate((again, copy.deepcopy(small), pickled, first)):
+        path = save(network, tmp_path / f"{number}.safetensors")
+        assert_same(network, load(dense_resnet(), path), images)
+        stacked = save(nn.Sequential(nn.Identity(), network), tmp_path / "stacked.safetensors")
+        assert_same(network, load(nn.Sequential(nn.Identity(), dense_resnet()), stacked)[1], images)
+        part = save(network.layer2, tmp_path / "part.safetensors")
+        assert load(dense_resnet().layer2, part)[0].conv1.out_channels == network.layer2[0].conv1.out_channels
+
+
+def test_a_tailored_run_s_network_can_be_saved_and_loaded(tmp_path):
+    train, _, _ = sources.digits()
+    model = dense_resnet()
+    result = fit(model, train.split(len(train) - 320)[0], budget={"macs": 0.5}, epochs=6, batch_size=20)
+    loaded = load(dense_resnet(), save(result.model, tmp_path / "small.safetensors"))
+    assert_same(result.model, loaded, torch.randn(2, 1, 8, 8))
+
+
+def test_a_file_that_is_cut_off_while_it_is_written_is_not_there(small, path, monkeypatch):
+    whole = path.read_bytes()
+
+    def fail(tensors, part, metadata):
+        part.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save(small, path)
+    assert path.read_bytes() == whole
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_of_version_1_is_named_as_that(path):
+    def old(spec):
+        spec["version"] = 1
+        del spec["dense_shapes"], spec["sha256"]
+
+    with pytest.raises(FileError, match="format version 1; this version reads 2. Files of version 1 do not say what"):
+        load(dense_resnet(), rewritten(path, change_spec=old))
 
 
 def test_a_failed_load_leaves_the_dense_network_alone(path):
