@@ -39,11 +39,11 @@ estimate: $(INSTALLED) ## hours that a declaration takes on this device, from me
 
 # the five budgets of one network that the notebook on the controller shows
 CONTROLLER ?= results/runs/cifar10-cpu/pretrained
-report: $(INSTALLED) ## all tables and figures again from results/runs, into results/tables, figures and docs/results.md; of other runs: RUNS=..., into build/report
+report: $(INSTALLED) ## all tables and figures again from results/runs, into results/tables, figures, docs/results.md and the README; of other runs: RUNS=..., into build/report
 	@mkdir -p build/notebooks
 	@$(call papermill,90_report) -p runs "$(abspath $(or $(RUNS),results/runs))" \
 		-p tables "$(CURDIR)/$(if $(RUNS),build/report,results)/tables" -p figures "$(CURDIR)/$(if $(RUNS),build/report/)figures" \
-		$(if $(RUNS),,-p page "$(CURDIR)/docs/results.md")
+		$(if $(RUNS),,-p page "$(CURDIR)/docs/results.md" -p readme "$(CURDIR)/README.md")
 	@$(if $(RUNS),,$(call papermill,40_controller) -p runs "$(abspath $(CONTROLLER))" -p network resnet20 -p figures "$(CURDIR)/figures")
 	@$(if $(RUNS),,$(BIN)/python -m tcp_core.study.method_plots --runs "$(CONTROLLER)" --figures figures)
 	@echo "Done. Tables: $(if $(RUNS),build/report,results)/tables/, figures: $(if $(RUNS),build/report/)figures/, to read: build/notebooks/90_report.ipynb"
@@ -70,7 +70,7 @@ lint: $(INSTALLED) ## style of code and notebooks
 lab: $(INSTALLED) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
-benchmark: $(INSTALLED) ## measure again what the README and docs/scale.md state (about forty minutes; DATA=folder of images for the input pipeline)
+benchmark: $(INSTALLED) ## measure again what docs/benchmarks.md and docs/scale.md state (about forty minutes; DATA=folder of images for the input pipeline)
 	$(BIN)/python benchmarks/training_step.py --network resnet20 --out $(MEASURED)/training_step_resnet20.json \
 		--widths results/benchmarks/widths_resnet20.csv
 	$(BIN)/python benchmarks/training_step.py --network resnet56 --out $(MEASURED)/training_step_resnet56.json \

@@ -1,7 +1,6 @@
 """Promises about the repository itself: versions, layers, notebooks, results."""
 
 import ast
-import csv
 import doctest
 import importlib
 import json
@@ -224,35 +223,5 @@ def test_committed_runs_say_what_made_them():
         assert metrics["git_dirty"] is False, path
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-RUN = {"resnet56": "whole tailored run over dense run, ResNet-56", "resnet20": "the same, ResNet-20"}
-
-
 def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def test_the_readme_shows_the_overview_of_the_study():
-    rows = (ROOT / "results" / "tables" / "overview.md").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in rows if row.startswith("|")]
-    assert len(rows) > 10
-    missing = [row for row in rows if row not in README.splitlines()]
-    assert not missing, "run `make report` and copy results/tables/overview.md:\n" + "\n".join(missing)
-
-
-@pytest.mark.parametrize("network", ["resnet20", "resnet56"])
-def test_the_readme_states_the_measured_cost_of_a_run(network):
-    row = next(line for line in README.splitlines() if line.endswith("| `training_step.py` |") and RUN[network] in line)
-    for measured in read_json(ROOT / "results" / "benchmarks" / f"training_step_{network}.json")["rows"]:
-        assert f"{measured['run_over_dense_run']:.2f} ({measured['threads']}" in row
-
-
-def test_the_readme_states_what_the_zoo_showed():
-    with (ROOT / "results" / "benchmarks" / "zoo_exactness.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    error = max(float(row["max_relative_error"]) for row in rows)
-    costs = sum(int(row["subsets"]) + 1 for row in rows)
-    mismatches = sum(int(row["cost_mismatches"]) for row in rows)
-    assert f"all {len(rows)} torchvision classifiers" in README
-    assert f"largest difference {error:.1e}".replace("e-0", "e-") in README
-    assert f"{mismatches} of {costs:,} costs" in README

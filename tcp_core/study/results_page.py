@@ -100,8 +100,7 @@ def page(
     summary = tables.summary(pairs)
     place = _Place(Path(figures), Path(folder))
     text = [INTRODUCTION, *(said for data, said in DATA.items() if data in set(accuracy["data"]))]
-    text += ["## All of it at a glance", GLANCE, _table(glance(summary, accuracy))]
-    text += [_overall(row, summary) for row in _part(summary, "mean over all").to_dict("records")]
+    text += ["## All of it at a glance", GLANCE, *_glance_and_reading(summary, accuracy)]
     home = study.groupby(GROUP)["run"].agg(lambda runs: min(map(_order, runs))).to_dict()
     shown = None
     for name, rows in sorted(study_plots.groups(accuracy).items(), key=lambda item: home[_key(item[1])]):
@@ -117,6 +116,23 @@ def page(
     return "\n\n".join(text) + "\n"
 
 
+def at_a_glance(study: pd.DataFrame) -> str:
+    """Return the part of the page that the README repeats: the table at a glance and what it comes to."""
+    accuracy = tables.accuracy(study)
+    summary = tables.summary(tables.differences(accuracy))
+    return "\n\n".join(_glance_and_reading(summary, accuracy))
+
+
+def refreshed(text: str, part: str) -> str:
+    """Return ``text`` with what stands between its two `MARKS` replaced by ``part``."""
+    before, _, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not end:
+        raise ValueError(f"the text has no part between the lines {MARKS[0]!r} and {MARKS[1]!r}.")
+    return f"{before}{MARKS[0]}\n\n{part}\n\n{MARKS[1]}{after}"
+
+
+MARKS = "<!-- results: made by `make report` -->", "<!-- end of results -->"
 GLANCE = (
     "Ours and, in brackets, its difference to the best comparator at that budget, with its standard error. `seeds` is "
     "the fewest on either side."
@@ -152,6 +168,11 @@ def _budgets(rows):
     """Return the budgets at which ours was compared with another method than dense."""
     by = rows[rows["budget"] != "dense"].groupby("budget", sort=False)["method"].agg(set)
     return [budget for budget, methods in by.items() if "tailored" in methods and len(methods) > 1]
+
+
+def _glance_and_reading(summary, accuracy):
+    said = [_overall(row, summary) for row in _part(summary, "mean over all").to_dict("records")]
+    return [_table(glance(summary, accuracy)), *said]
 
 
 def _overall(row, summary):
