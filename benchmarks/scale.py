@@ -29,9 +29,9 @@ from torchvision.models.convnext import CNBlockConfig
 import tcp_core as tcp
 from tcp_core.controller import Controller
 from tcp_core.gates import Gated, gated_parameters
-from tcp_core.removal import compare
 from tcp_core.study.results import environment
 from tcp_core.training import checkpoints
+from tcp_core.verification import compare
 
 SIZE = 224
 BUDGET = {"macs": 0.5}

@@ -9,12 +9,13 @@ from .controller import Controller
 from .cost import Budget, BudgetError
 from .deploy import ExportError, export
 from .gates import close
-from .removal import RemovalError, remove
+from .removal import remove
 from .storage import FileError, load, save
 from .tailor import Report, Tailor
 from .tracing import trace
 from .training.fit import FitResult, evaluate, fit
 from .training.ladder import Ladder, ladder
+from .verification import RemovalError
 
 __all__ = [
     "Budget",

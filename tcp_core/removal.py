@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .channels import Channels, stays
-from .gates import close
-
-
-class RemovalError(RuntimeError):
-    """The smaller network does not compute what the gated one computes."""
+from .state import non_leaf_tensors
+from .verification import compare
 
 
 def remove(
@@ -81,7 +76,9 @@ def resized(model: nn.Module, index: Callable[[str, Tensor], Tensor]) -> tuple[n
             if tensor.grad is not None:
                 value.grad = index(name, tensor.grad).clone()
         new[id(tensor)] = value
-    small = copy.deepcopy(model, dict(new))  # deepcopy takes what it finds in the memo as already copied
+    # deepcopy takes what it finds in the memo as already copied; tensors with a graph it would refuse
+    kept = {id(tensor): tensor.detach().clone() for tensor in non_leaf_tensors(model)}
+    small = copy.deepcopy(model, new | kept)
     for old, module in zip(model.modules(), small.modules(), strict=True):
         _fit_attributes(module, old._parameters.get("weight"))
         remember_dense(module, _own_shapes(old))
@@ -149,60 +146,6 @@ def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter and buffer by qualified name."""
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name: tuple(tensor.shape) for name, tensor in tensors}
-
-
-def compare(model: nn.Module, small: nn.Module, channels: Channels, open_units: Tensor) -> None:
-    """Raise RemovalError unless gated ``model`` and ``small`` agree on the traced example, in eval mode."""
-    args, kwargs = to_model(channels.example, model)
-    gated = close(model, channels, open_units)
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    exact = torch.backends.cudnn.flags(allow_tf32=False)
-    with torch.no_grad(), torch.random.fork_rng(devices), exact, keeping_modes(model, small):
-        gated.eval()
-        small.eval()
-        expected = gated(*args, **kwargs)
-        try:
-            found = small(*args, **kwargs)
-        except Exception as error:
-            raise RemovalError(
-                f"the smaller network raised {type(error).__name__}: {error}. A size is probably fixed in the model's "
-                f"code; name the module in ignore=..."
-            ) from error
-    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
-    for a, b in pairs:
-        if not isinstance(a, Tensor) or not a.is_floating_point():
-            continue
-        scale = a.abs().max().clamp(min=torch.finfo(a.dtype).tiny) if a.numel() else 1.0
-        error = float((a - b).abs().max() / scale) if a.shape == b.shape else float("inf")
-        # Rounding differs with the order of summation; a wrongly removed channel moves outputs by far more than this.
-        if not error <= torch.finfo(a.dtype).eps ** 0.5:
-            raise RemovalError(
-                f"gated and smaller network differ by {error:.2g} of the largest output; this is a defect in the "
-                f"trace: please report it with the model. Until then, name the modules concerned in ignore=..."
-            )
-
-
-@contextlib.contextmanager
-def keeping_modes(*models: nn.Module):
-    """Restore, at the end, each module's own train or eval mode: a batch norm may be in eval mode on purpose."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def to_model(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:
-    """Return the example's tensors on the model's device, floating ones in its precision."""
-    parameter = next(iter(model.parameters()), torch.empty(0))
-
-    def move(x):
-        if not isinstance(x, Tensor):
-            return x
-        return x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
-
-    return pytree.tree_map(move, example)
 
 
 def carry_over(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..gates import Gated
-from ..removal import to_model
+from ..verification import to_model
 from .folding import folded
 
 NEEDED = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}

@@ -18,10 +18,11 @@ from ..channels import Channels
 from ..controller import Controller, normalised_square
 from ..cost import BudgetError
 from ..gates import Gated
-from ..removal import keeping_modes, to_model
+from ..state import keeping_modes
 from ..training.batches import channels_last
 from ..training.fit import PRECISIONS, autocast
 from ..training.processes import summed
+from ..verification import to_model
 
 
 def uniform_l1(model: nn.Module, limits: Controller) -> Tensor:

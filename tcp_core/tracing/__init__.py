@@ -7,7 +7,6 @@ not understood freezes the channels that enter it: never wrong, at worst less pr
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import math
 from collections import Counter
@@ -19,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..channels import Channels, Family
-from ..removal import RemovalError, keeping_modes, remove, to_model
+from ..removal import remove
+from ..state import left_as_found
+from ..verification import NotRepeatable, RemovalError, full_precision, run_both, to_model
 from . import layers, movement
 from .arithmetic import is_pointwise, pointwise
 from .identities import Identities, Rule
@@ -30,7 +31,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("addmm", "mm", "linear"), layers.linear),
     **dict.fromkeys(("clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "dropout"), movement.same),
     **dict.fromkeys(("empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like"), movement.like),
-    **dict.fromkeys(("bernoulli", "native_dropout"), movement.like),
+    **dict.fromkeys(("bernoulli", "uniform", "normal", "exponential", "native_dropout"), movement.like),
     **dict.fromkeys(("permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "flip", "repeat"), movement.move),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), movement.move),
     **dict.fromkeys(("slice", "select", "index", "index_select", "roll", "unbind", "split_with_sizes"), movement.pick),
@@ -44,6 +45,7 @@ RULES: dict[str, Rule] = {
 }
 
 COMPUTED = "size computed in Python"
+CHANGING = "outputs that change from run to run"
 
 
 def rule_of(func: Any, name: str) -> Rule:
@@ -81,13 +83,24 @@ def trace(model: nn.Module, example_input: Any, *, ignore: Iterable[str] | str =
     example = _samples(model, example_input, 1)
     ignored = _matching_modules(model, [ignore] if isinstance(ignore, str) else list(ignore))
     ids = Identities(model, rule_of)
-    with _left_as_found(model):
+    with left_as_found(model), full_precision():
         ids.run("train", *_samples(model, example_input, 2))  # batch norm wants two values a channel
         ids.run("eval", *example)  # counts macs: of one sample, also where work does not grow with the batch
+        # Tried out in the state that these runs left: what a forward pass has kept must fit the smaller network too.
+        return _tried(ids, ignored, example)
+
+
+def _tried(ids: Identities, ignored: set[str], example: tuple[tuple, dict]) -> Channels:
+    """Return the channels, with frozen what turns out not to be removable."""
     for _ in range(3):
         units = Units(ids)
         channels = units.channels(ignored, example)
-        if not (failed := _not_removable(model, channels)):
+        try:
+            failed = _not_removable(ids.model, channels)
+        except NotRepeatable:
+            ids.freeze(torch.arange(ids.labels), CHANGING, "")
+            return Units(ids).channels(ignored, example)
+        if not failed:
             return channels
         for family in failed:
             ids.freeze(units.labels(family.units), COMPUTED, ", ".join(family.layers[:3]))
@@ -126,30 +139,14 @@ def _failing(model: nn.Module, channels: Channels, closed: Sequence[Tensor], ind
     if open_units.all():
         return []
     try:
-        with _left_as_found(model):
-            remove(model, channels, open_units)
+        run_both(model, remove(model, channels, open_units, verify=False), channels, open_units)
         return []
+    except NotRepeatable:
+        raise
     except (RemovalError, ValueError):
         half = len(indices) // 2
         parts = (indices[:half], indices[half:]) if half else ()
         return [index for part in parts for index in _failing(model, channels, closed, part)] or list(indices)
-
-
-@contextlib.contextmanager
-def _left_as_found(model: nn.Module):
-    """Restore modes, buffers and random state; keep attention on the path that training takes."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.random.fork_rng(devices), keeping_modes(model):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
 
 def _samples(model: nn.Module, example: Any, count: int) -> tuple[tuple, dict]:

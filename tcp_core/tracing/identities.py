@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..outputs import tensors_in
+from ..verification import WholeDropout, has_values, nothing_to_compare, steady
 from .codes import compact, labels_in, varies
 from .liveness import Liveness
 
@@ -127,7 +129,7 @@ class Identities(TorchDispatchMode):
             nn.modules.module.register_module_forward_hook(lambda *_: self._leave()),
         )
         try:
-            with torch.no_grad(), self:
+            with torch.no_grad(), WholeDropout(), self:
                 output = self.model(*args, **kwargs)
         except Exception as error:
             given = ", ".join(f"{x.dtype} of shape {tuple(x.shape)}" for x in inputs)
@@ -139,8 +141,14 @@ class Identities(TorchDispatchMode):
         finally:
             for hook in hooks:
                 hook.remove()
-        for tensor in tensors_in(output):
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+        self._fix_outputs(output, mode)
+
+    def _fix_outputs(self, output: Any, mode: str) -> None:
+        tensors = tensors_in(output).values()
+        if mode == "eval" and not any(has_values(tensor) for tensor in tensors):
+            raise ValueError(nothing_to_compare(output))
+        for tensor in tensors:
+            if has_values(tensor) and not tensor.isfinite().all():
                 raise ValueError(
                     f"the model's output on the example input is not finite in {mode} mode; give an example with "
                     f"finite values and a model that has not diverged."
@@ -156,7 +164,8 @@ class Identities(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.counting:
             self.liveness.before()
-        out = func(*args, **kwargs)
+        chance = torch.Tag.nondeterministic_seeded in func.tags
+        out = steady(func, args, kwargs) if chance else func(*args, **kwargs)
         call = Call(func, func._schema.name.split("::")[-1], args, kwargs, out)
         if call.name not in ("detach", "alias"):
             normalised = args[0] if "batch_norm" in call.name else None
@@ -290,21 +299,3 @@ class Identities(TorchDispatchMode):
         if (layer := self.raw_outputs.get(tensor)) is not None:
             weight, dim, gate = layer
             self.raw[weight, dim] = gate
-
-
-def tensors_in(output: Any) -> list[Tensor]:
-    """Return the tensors of a model's output, whatever container holds them."""
-    found, seen = [], set()
-    queue = [output]
-    while queue:
-        item = queue.pop()
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif id(item) not in seen and not isinstance(item, (str, bytes, int, float, nn.Module, type(None))):
-            seen.add(id(item))
-            if isinstance(item, dict):
-                queue += item.values()
-            elif isinstance(item, (list, tuple, set)):
-                queue += item
-            queue += vars(item).values() if hasattr(item, "__dict__") else ()
-    return found

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..channels import Channels
 from ..cost import Budget
 from ..datasets.images import Images
-from ..removal import keeping_modes
+from ..state import keeping_modes
 from ..tailor import Tailor
 from ..tracing import trace
 from .batches import by_epoch, channels_last, mixer, to_their_end
