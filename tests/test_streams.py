@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,63 @@ def test_a_corrupt_image_is_named(folder, content):
     assert sum(len(y) for _, y in batches) == 23
     assert len(list(leaves_out)) == 5  # named once
     assert len(leaves_out.skipped) == 1
+
+
+def bomb(path):
+    """An image whose header says 30,000 x 30,000 pixels, which Pillow refuses with an error of a kind of its own."""
+    content = bytearray(path.read_bytes())
+    content[16:24] = (30_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_decompression_bomb_is_left_out_or_an_error_with_its_name(folder, workers):
+    bomb(folder / "cat" / "02.png")
+    with pytest.raises(ValueError, match=r"cat/02.png cannot be read \(Image size \(900000000 pixels\) exceeds"):
+        list(stream(folder, workers=workers))
+    with pytest.warns(UserWarning, match=r"cat/02.png cannot be read .*900000000 pixels.* left out, 1 so far"):
+        assert sum(len(y) for _, y in stream(folder, workers=workers, skip_corrupt=True)) == 23
+    with pytest.raises(ValueError, match=r"cat/02.png .*900000000 pixels"):
+        sources._decode(str(folder / "cat" / "02.png"), None)
+
+
+def test_a_warning_of_pillow_for_a_bomb_that_is_an_error_is_one_image(folder, monkeypatch):
+    """Between its limit and twice that Pillow warns; who makes warnings errors loses the image, not the run."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2_000)
+    faults = stream(folder, skip_corrupt=True)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        seen = sum(len(y) for _, y in faults)
+    assert 0 < seen == 24 - len(faults.skipped) < 24
+    assert len(found) == len(faults.skipped)
+
+
+def test_a_line_of_pixels_is_not_scaled_to_gigabytes(folder):
+    Image.new("RGB", (200_000, 1)).save(folder / "dog" / "01.png")
+    resized = round(224 * 256 / 224) ** 2 * 200_000
+    with pytest.warns(UserWarning, match=rf"01.png .*200000 x 1 pixels, which would be scaled to {resized:,}"):
+        assert sum(len(y) for _, y in stream(folder, size=224, skip_corrupt=True)) == 23
+
+
+def test_no_junk_stops_a_stream_that_leaves_out_what_is_corrupt(folder):
+    random, kinds = np.random.default_rng(0), (".png", ".jpg", ".bmp", ".tiff", ".webp", ".ppm")
+    image = Image.fromarray(random.integers(0, 256, size=(20, 20, 3), dtype=np.uint8))
+    for number in range(150):
+        path = folder / "cat" / f"junk{number:03d}{kinds[number % len(kinds)]}"
+        image.save(path)
+        content = bytearray(path.read_bytes())
+        start = random.integers(min(len(content), 60))
+        content[start : start + 4] = random.bytes(4)
+        path.write_bytes(content[: random.integers(len(content))] if number % 4 == 0 else content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        junk = stream(folder, skip_corrupt=True)
+        seen, again = (sum(len(y) for _, y in junk) for _ in range(2))
+    assert seen + len(junk.skipped) == len(junk.labels) == 24 + 150
+    assert len(junk.skipped) > 50
+    assert again == seen
 
 
 def test_each_part_of_a_split_counts_what_it_leaves_out(folder):

@@ -244,7 +244,7 @@ def _decode(path: str, size: tuple[int, int] | None) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's are of many kinds, that for a decompression bomb among them
         raise ValueError(f"{path} cannot be read as an image ({error}); replace it or delete it") from error
     if size is not None:
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import ImageFolder
@@ -69,7 +70,8 @@ class Stream:
         workers: processes that decode; 0: in this one.
         seed: of order and augmentation.
         skip_corrupt: leave out images that cannot be read, name each in a warning and count it in ``skipped``; if False
-            such an image is an error.
+            such an image is an error. Pillow's limits on decompression bombs hold: raise ``PIL.Image.MAX_IMAGE_PIXELS``
+            for images that are larger on purpose.
         mean, std: by which pixels in [0, 1] are normalised; ImageNet's by default.
 
     Attributes:
@@ -204,6 +206,7 @@ class _Decoded(Dataset):
         scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(stream.mean, stream.std)]
         self.change = v2.Compose([v2.PILToTensor(), *(crop if stream.train else centre), *scale])
         self.seed, self.epoch = stream.seed, stream.epoch
+        self.resized = 0 if stream.train else round(size * 256 / 224)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -211,13 +214,21 @@ class _Decoded(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
         path = os.fsdecode(self.paths[index])
         try:
-            image = default_loader(path)
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for files that are no image or cut off
-            return f"{path} cannot be read ({error})"
+            image = self._opened(path)
+        except Exception as error:  # Pillow's are of many kinds, that for a decompression bomb among them
+            return f"{path} cannot be read ({str(error) or type(error).__name__})"
         (own,) = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(own))  # torch.manual_seed would seed a GPU's too
             return self.change(image), int(self.labels[index])
+
+    def _opened(self, path: str) -> Image.Image:
+        image = default_loader(path)
+        # a line of pixels is no bomb to Pillow, but becomes one as its shorter side is brought to the network's size
+        pixels = self.resized**2 * max(image.size) // min(image.size)
+        if self.resized and Image.MAX_IMAGE_PIXELS is not None and pixels > 2 * Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"it is {image.width} x {image.height} pixels, which would be scaled to {pixels:,}")
+        return image
 
 
 def _together(samples: list) -> tuple[Tensor, Tensor, list[str]]:
