@@ -48,14 +48,14 @@ def links(name):
     return re.findall(r"\]\(([^)\s]+)\)", prose(name))
 
 
-def digits():
+def digits(widths=(8, 16, 32)):
     """Return the names that blocks of code take for granted: a small network on digits, as a user may have it."""
     data = sources.digits()
     torch.manual_seed(0)
     loader = [batch for epoch in range(5) for batch in data.train.batches(64, shuffle=True, epoch=epoch)]
 
     def build_dense_model():
-        return nets.small_resnet(widths=(8, 16, 32), blocks=1, num_classes=10, in_channels=1)
+        return nets.small_resnet(widths=widths, blocks=1, num_classes=10, in_channels=1)
 
     model = build_dense_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)

@@ -43,6 +43,19 @@ def test_every_page_can_be_found_from_the_index():
     assert {path for path in PAGES if path.parent == ROOT / "docs"} - there == {ROOT / "docs" / "README.md"}
 
 
+def test_every_declaration_is_described():
+    declared = {path.name for path in (ROOT / "experiments").glob("*.yaml")}
+    assert declared == {
+        target.rpartition("/")[2] for target in links("docs/experiments.md") if "../experiments/" in target
+    }
+
+
+def test_every_notebook_for_a_reader_is_in_the_index():
+    shown = {target.rpartition("/")[2] for target in links("docs/README.md") if "notebooks" in target}
+    there = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")} - {"10_run.ipynb", "90_report.ipynb"}
+    assert there <= shown
+
+
 @pytest.mark.parametrize("name", ["docs/method.md"])
 def test_decisions_that_are_named_are_in_the_diary(name):
     titles = set(re.findall(r"^\*\*[\d-]+ · (.*?)\.\*\*", read("docs/decisions.md"), re.M))
@@ -60,16 +73,22 @@ def test_the_method_states_the_defaults_of_the_controller():
         assert tuple(map(float, said.split(","))) == value, name
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/loop.md", "docs/training.md"])
+@pytest.mark.parametrize(
+    ("name", "widths"),  # those of the report that the first two print
+    [("README.md", (16, 32, 64)), ("docs/loop.md", (16, 32, 64)), ("docs/training.md", (8, 8, 8))],
+)
 @pytest.mark.filterwarnings("ignore")  # of torch's export
-def test_code_runs_and_keeps_its_promises(name, tmp_path, monkeypatch, capsys):
+def test_code_runs_and_keeps_its_promises(name, widths, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    given = digits()
-    dense = given["model"]
+    given = digits(widths)
     budget = {"macs": 0.5, "params": 0.6}
 
     def after(code, given):
         if "tailor.finish()" in code:
+            sample = re.search(r"```\n(cost .*?)```", read(name), re.S)[1]
+            for said, shown in zip(sample.splitlines()[:3], capsys.readouterr().out.splitlines()[:3], strict=True):
+                # what does not depend on training: dense, requested, floor
+                assert [said.split()[i] for i in (0, 1, 2, -1)] == [shown.split()[i] for i in (0, 1, 2, -1)]
             report = given["tailor"].report()
             assert report["requested"] == budget
             assert 0.98 < max(report["utilisation"].values()) <= 1
@@ -82,7 +101,6 @@ def test_code_runs_and_keeps_its_promises(name, tmp_path, monkeypatch, capsys):
 
     execute(name, given, after)
     assert len(blocks(name)) > 1
-    assert dense is not None
 
 
 def test_blocks_that_are_not_run_say_why():

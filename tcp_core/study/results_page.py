@@ -178,21 +178,21 @@ def _glance_and_reading(summary, accuracy):
 def _overall(row, summary):
     """Say what the mean over all settings of a data set is, and what it rests on."""
     best = _part(summary, "best comparator")
-    best = best[best["data"] == row["data"]]
+    best = best[(best["data"] == row["data"]) & (best["options"] == row["options"])]
     se = "" if absent(row["se"]) else f", standard error {number(row['se'], 2)}"
     said = (
-        f"**{row['data']}.** Over {_count(row['pairs'], 'budget')} in all settings ours is "
-        f"{_points(row['difference'])} the best comparator in the mean{se}: {_count(row['wins'], 'win')}, "
-        f"{_count(row['losses'], 'loss', 'losses')}. The goal was {number(GOAL, 1, sign='+')}, so it is "
-        f"{'reached' if row['reached'] == 'yes' else 'missed'}."
+        f"**{', '.join(filter(None, [row['data'], row['options']]))}.** Over {_count(row['pairs'], 'budget')} in all "
+        f"settings ours is {_points(row['difference'])} the best comparator in the mean{se}: "
+        f"{_count(row['wins'], 'win')}, {_count(row['losses'], 'loss', 'losses')}. The goal, {number(GOAL, 1)} points "
+        f"above it, is {'reached' if row['reached'] == 'yes' else 'missed'}."
     )
     if len(best) > 2:
         largest = best.loc[best["difference"].abs().idxmax()]
         rest = best.drop(largest.name)["difference"].mean()
         where = heading({name: largest[name] for name in ("network", "setting", "epochs")})
         said += (
-            f" A mean of few differences can rest on one of them: without the largest, "
-            f"{_signed(largest['difference'])} for {where} at {largest['budget']}, it is {_signed(rest)}."
+            f" Without the largest of these differences ({_signed(largest['difference'])}: {where}, at "
+            f"{largest['budget']}) the mean is {_signed(rest)}."
         )
     return said
 
