@@ -1,8 +1,10 @@
 """CONTRIBUTING.md is followed to the letter: each recipe is executed, and what it adds does its work."""
 
+import re
+
 import pytest
 import torch
-from documentation import digits, execute, read
+from documentation import ROOT, digits, execute, read
 
 import tcp_core as tcp
 from tcp_core import nets, tracing
@@ -61,11 +63,7 @@ def test_the_cost_is_filled_to_the_last_unit(done):
 
 
 def test_the_page_names_files_that_are_there():
-    import re
-    from pathlib import Path
-
-    root = Path(__file__).resolve().parents[1]
     named = re.findall(r"`((?:tcp_core|tests|study|tracing|docs)/[\w./]+\.py)`", read("CONTRIBUTING.md"))
     assert len(named) > 8
     for name in named:
-        assert (root / name).exists() or (root / "tcp_core" / name).exists(), name
+        assert (ROOT / name).exists() or (ROOT / "tcp_core" / name).exists(), name
