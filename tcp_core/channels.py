@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .cost import Budget, Cost, CostModel
+from .explanation import Cause, Explanation, Row, advice, in_words
 from .memory import Activations, weights_at
 
 
@@ -76,6 +77,7 @@ class Channels:
         frozen: bool ``[units]``, units that may never be removed.
         prunable: bool ``[units]``, units that may be removed: not frozen, not ignored, not all that a layer has.
         unknown: ``(operator, module)`` pairs that froze units because the operator's effect on channels is not known.
+        causes: why units stay: kind, what, where and the units; :meth:`explain` puts it in words.
         slots: per parameter and buffer with units, one entry a dimension: unit indices (int64 ``[size]``) or None.
         layers: convolutions and linear layers in the order in which they ran.
         sites: where gates act.
@@ -85,6 +87,7 @@ class Channels:
         state: bytes of parameters and buffers, by item size.
         activations: which activations are alive when.
         example: one sample of the inputs the model was traced on, for verification.
+        ignored: the patterns of modules whose output channels must all stay.
     """
 
     units: int
@@ -92,6 +95,7 @@ class Channels:
     frozen: Tensor
     prunable: Tensor
     unknown: tuple[tuple[str, str], ...]
+    causes: tuple[Cause, ...]
     slots: Mapping[str, tuple[Tensor | None, ...]]
     layers: tuple[Layer, ...]
     sites: tuple[GateSite, ...]
@@ -101,6 +105,7 @@ class Channels:
     state: CostModel
     activations: Activations
     example: tuple[tuple[Any, ...], dict[str, Any]]
+    ignored: tuple[str, ...] = ()
 
     def cost(self, open_units: Tensor | None = None) -> dict[str, int]:
         """Return ``{"macs": int, "params": int}`` of the network that keeps only ``open_units`` (default: all)."""
@@ -157,6 +162,59 @@ class Channels:
         if open_units is None:
             open_units = torch.ones(self.units, dtype=torch.bool)
         return {layer.name: layer.width(open_units) for layer in self.layers}
+
+    def explain(self) -> Explanation:
+        """Return what can be pruned, what cannot and why, layer by layer, the floor of each cost, and what would lower
+        it; prints as text, and as a table in a notebook.
+        """
+        dense, floor = self.cost(), self.floor()
+        held = {cause: self.held(cause.units, floor) for cause in self.causes}
+        held = {cause: share for cause, share in held.items() if any(share.values())}
+        ordered = sorted(held, key=lambda cause: -held[cause]["macs"])
+        return Explanation(
+            rows=self._rows(),
+            dense=dense,
+            floor=floor,
+            held={in_words([cause]): held[cause] for cause in ordered},
+            advice=advice(ordered),
+            units=self.units,
+            prunable=int(self.prunable.sum()),
+        )
+
+    def _rows(self) -> tuple[Row, ...]:
+        """Return the rows of :meth:`explain`."""
+        writers: dict[int, list[str]] = {}
+        for layer in self.layers:
+            for unit in layer.out_units.unique().tolist():
+                writers.setdefault(unit, []).append(layer.name)
+        rows = []
+        for layer in self.layers:
+            units = layer.out_units
+            inside = units[units >= 0]
+            stay = inside[~self.prunable[inside]]
+            why = [Cause("output", "", "", inside)] if len(inside) < len(units) else []
+            why += [cause for cause in self.causes if torch.isin(cause.units, stay).any()]
+            tied = dict.fromkeys(name for unit in inside.unique().tolist() for name in writers[unit])
+            others = tuple(name for name in tied if name != layer.name)
+            rows.append(Row(layer.name, len(units), len(inside) - len(stay), others, in_words(why)))
+        return tuple(rows)
+
+    def floor(self, free: Tensor | None = None) -> dict[str, int]:
+        """Return the cost of a smallest network: one unit in each family beside those that cannot go, of which
+        ``free`` (int64) are excepted.
+        """
+        required = ~self.prunable
+        if free is not None:
+            required[free] = False
+        for family in self.families:
+            if not required[family.units].any():
+                required[family.units[0]] = True
+        return self.cost_model.exact(required)
+
+    def held(self, units: Tensor, floor: Mapping[str, int] | None = None) -> dict[str, float]:
+        """Return the share of each dense cost by which the floor would be lower if ``units`` (int64) could go."""
+        dense, floor = self.cost(), self.floor() if floor is None else floor
+        return {name: (floor[name] - value) / max(dense[name], 1) for name, value in self.floor(units).items()}
 
     def __repr__(self) -> str:
         cost = self.cost()

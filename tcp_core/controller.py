@@ -15,6 +15,7 @@ After every backward pass it reads the gates' gradients and moves the gates; the
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Mapping
@@ -25,7 +26,16 @@ from torch import Tensor
 
 from .channels import Channels
 from .cost import Budget, BudgetError, Cost, Costs, amount
+from .explanation import in_words
 from .selection import fill, required_units, tighten
+
+KINDS = {
+    ("unknown",): "operators that are not understood",
+    ("attribute", "computed", "changing", "fixed"): "sizes that could not follow",
+    ("unreached",): "layers that no traced call reaches",
+    ("ignored",): "patterns",
+}
+"""Causes that a user can change, by their kind."""
 
 MIN_PHASE_STEPS = 12
 """A shorter pruning phase has no room for gates that close by themselves."""
@@ -107,10 +117,10 @@ class Controller:
 
     def _check(self, channels: Channels, steps: int, phase, lookahead: float, ramp: float, min_width: int) -> None:
         if not channels.prunable.any():
+            held = f", held by: {in_words(channels.causes)}" if channels.causes else ""
             raise ValueError(
-                f"no unit of this network can be removed ({channels.units} units; unknown operators: "
-                f"{list(channels.unknown)[:5]}). Check ignore=... and that the network has hidden convolutions or "
-                f"linear layers."
+                f"no unit of this network can be removed ({channels.units} units{held}). Check that the network has "
+                f"hidden convolutions or linear layers; channels.explain() goes through them layer by layer."
             )
         pair = isinstance(phase, (tuple, list)) and len(phase) == 2
         if not pair or not 0 <= phase[0] < phase[1] <= 1 or not 0 < lookahead < 1 or not 0 < ramp <= 1:
@@ -134,8 +144,31 @@ class Controller:
                     f"{amount(name, self.dense[name])}) is below the floor: with {min_width} unit(s) in each family "
                     f"the smallest network has {amount(name, self.floor[name])} "
                     f"({self.floor[name] / self.dense[name]:.2%}). Give {name} >= "
-                    f"{amount(name, self.floor[name]).replace(',', '')}, or ignore less."
+                    f"{amount(name, self.floor[name]).replace(',', '')}, {self._what_holds(name)}"
                 )
+
+    def _what_holds(self, cost: str) -> str:
+        """Return what keeps the floor of a cost where it is and could be changed, to end a sentence with."""
+        reasons = []
+        for kinds, words in KINDS.items():
+            causes = [cause for cause in self.channels.causes if cause.kind in kinds]
+            if not causes:
+                continue
+            free = self.channels.prunable.index_fill(0, torch.cat([cause.units for cause in causes]), True)
+            freed = dataclasses.replace(self.channels, prunable=free)
+            lower = self.cost_model.exact(required_units(freed, self.min_width, self.multiple))[cost]
+            if lower < self.floor[cost]:
+                share = (self.floor[cost] - lower) / self.dense[cost]
+                reasons.append(f"{words} hold {share:.1%} of the dense {cost} ({in_words(causes)})")
+        lower = self.cost_model.exact(required_units(self.channels, 1, 1))[cost]
+        if lower < self.floor[cost]:
+            share = (self.floor[cost] - lower) / self.dense[cost]
+            reasons.append(
+                f"min_width={self.min_width} and multiple={self.multiple} hold {share:.1%} of the dense {cost}"
+            )
+        if not reasons:
+            return "for no smaller network can be made of this one."
+        return f"or change what keeps it there: {'; '.join(reasons)}. See channels.explain()."
 
     def update(self, gradient: Tensor) -> None:
         """Take one step, after a backward pass: ``gradient`` is the loss's gradient with respect to the gates,

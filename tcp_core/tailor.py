@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,9 +12,13 @@ from torch import Tensor, nn
 from .channels import Channels
 from .controller import Controller
 from .cost import Budget, amount
+from .explanation import NOT_UNDERSTOOD, in_words
 from .gates import Gated
 from .removal import check_same_model, remove
 from .tracing import trace
+
+NOTABLE = 0.1
+"""The share of the macs that operators which are not understood may hold before a warning says so."""
 
 
 class Tailor(Gated):
@@ -56,8 +61,14 @@ class Tailor(Gated):
     ) -> None:
         _check_trainable(model)
         budget = Budget.of(budget)
+        ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
         if channels is None:
             channels = trace(model, example_input, ignore=ignore)
+        elif ignore and ignore != channels.ignored:
+            raise ValueError(
+                f"ignore={list(ignore)} came with channels=, a trace made with ignore={list(channels.ignored)}; give "
+                f"ignore to trace() instead."
+            )
         check_same_model(model, channels)
         super().__init__(model, channels)
         self.channels = channels
@@ -65,6 +76,7 @@ class Tailor(Gated):
         self.controller = Controller(
             channels, budget, steps=steps, min_width=min_width, device=self.gate.device, **options
         )
+        _warn_of_unknown(channels)
         self.shrunk = False
         self.largest_gate_removed: float | None = None
 
@@ -203,6 +215,16 @@ class Report(dict):
             f"step {self['step']} of {self['steps']}, {state}; layers left with fewer than 8 channels: {len(narrow)}"
         )
         return "\n".join(rows)
+
+
+def _warn_of_unknown(channels: Channels) -> None:
+    causes = [cause for cause in channels.causes if cause.kind in NOT_UNDERSTOOD]
+    if causes and (share := channels.held(torch.cat([cause.units for cause in causes]))["macs"]) > NOTABLE:
+        warnings.warn(
+            f"{share:.0%} of the macs cannot be pruned, on account of: {in_words(causes)}. That is never wrong, but it "
+            f"narrows the choice; channels.explain() says what would free them.",
+            stacklevel=3,
+        )
 
 
 def _check_trainable(model: nn.Module) -> None:

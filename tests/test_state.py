@@ -214,3 +214,4 @@ def test_what_the_first_call_keeps_for_good_is_found_out_at_the_trace():
 
     channels = trace(Once(), X)
     assert channels.prunable.sum() == 12
+    assert channels.unknown == (("tensor attribute 'mask'", ""),)

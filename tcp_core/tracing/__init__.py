@@ -81,16 +81,18 @@ def trace(model: nn.Module, example_input: Any, *, ignore: Iterable[str] | str =
             module.
     """
     example = _samples(model, example_input, 1)
-    ignored = _matching_modules(model, [ignore] if isinstance(ignore, str) else list(ignore))
+    ignored = _matching_modules(model, [ignore] if isinstance(ignore, str) else list(ignore), "ignore")
     ids = Identities(model, rule_of)
+    ids.watched = {module: [] for modules in ignored.values() for module in modules}
     with left_as_found(model), full_precision():
         ids.run("train", *_samples(model, example_input, 2))  # batch norm wants two values a channel
         ids.run("eval", *example)  # counts macs: of one sample, also where work does not grow with the batch
+        _check_ran(ids, ignored)
         # Tried out in the state that these runs left: what a forward pass has kept must fit the smaller network too.
         return _tried(ids, ignored, example)
 
 
-def _tried(ids: Identities, ignored: set[str], example: tuple[tuple, dict]) -> Channels:
+def _tried(ids: Identities, ignored: Patterns, example: tuple[tuple, dict]) -> Channels:
     """Return the channels, with frozen what turns out not to be removable."""
     for _ in range(3):
         units = Units(ids)
@@ -98,13 +100,13 @@ def _tried(ids: Identities, ignored: set[str], example: tuple[tuple, dict]) -> C
         try:
             failed = _not_removable(ids.model, channels)
         except NotRepeatable:
-            ids.freeze(torch.arange(ids.labels), CHANGING, "")
+            ids.freeze(torch.arange(ids.labels), CHANGING, "", "changing")
             return Units(ids).channels(ignored, example)
         if not failed:
             return channels
         for family in failed:
-            ids.freeze(units.labels(family.units), COMPUTED, ", ".join(family.layers[:3]))
-    ids.freeze(torch.arange(ids.labels), COMPUTED, "")  # no single family is at fault: leave all of them
+            ids.freeze(units.labels(family.units), COMPUTED, ", ".join(family.layers[:3]), "computed")
+    ids.freeze(torch.arange(ids.labels), COMPUTED, "", "computed")  # no single family is at fault: leave all of them
     return Units(ids).channels(ignored, example)
 
 
@@ -175,12 +177,28 @@ def _samples(model: nn.Module, example: Any, count: int) -> tuple[tuple, dict]:
     return to_model(pytree.tree_map(take, (args, kwargs)), model)
 
 
-def _matching_modules(model: nn.Module, patterns: Sequence[str]) -> set[str]:
-    names = [name for name, _ in model.named_modules() if name]
-    matched = set()
+Patterns = dict[str, set[nn.Module]]
+"""Each pattern with the modules that it matches, and all within them."""
+
+
+def _matching_modules(model: nn.Module, patterns: Sequence[str], option: str) -> Patterns:
+    named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    matched = {}
     for pattern in patterns:
-        found = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+        found = [module for name, module in named if fnmatch.fnmatchcase(name, pattern)]
         if not found:
-            raise ValueError(f"ignore={pattern!r} matches no module; names look like {names[:6]}.")
-        matched |= found | {name for name in names for parent in found if name.startswith(f"{parent}.")}
+            raise ValueError(
+                f"{option}={pattern!r} matches no module; names look like {[name for name, _ in named[:6]]}."
+            )
+        matched[pattern] = {inner for module in found for inner in module.modules()}
     return matched
+
+
+def _check_ran(ids: Identities, ignored: Patterns) -> None:
+    """Refuse patterns that could not be obeyed: it is by the outputs of calls, or by weights, that units are kept."""
+    for pattern, modules in ignored.items():
+        if not any(module in ids.ran or next(module.parameters(recurse=False), None) is not None for module in modules):
+            raise ValueError(
+                f"ignore={pattern!r} matches only modules that the example does not call, so it is not known which "
+                f"channels are theirs; name the modules before or after them."
+            )

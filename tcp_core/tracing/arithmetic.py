@@ -35,6 +35,7 @@ def pointwise(ids: Identities, call: Call) -> None:
     at = tuple(slice(None) if dim in varying else slice(0, 1) for dim in range(out.ndim))
     pattern = torch.zeros((), dtype=torch.int64)  # one bit an operand: may be non-zero though its channel is closed
     views: list[Tensor] = []
+    attribute = ""
     for bit, (code, shape) in enumerate(zip(codes, shapes, strict=True)):
         if code is not None and any(shape[dim] == 1 < out.shape[dim] for dim in varying):
             # One value for all channels of the others: if it is a channel itself, it must stay.
@@ -48,11 +49,12 @@ def pointwise(ids: Identities, call: Call) -> None:
         pattern = pattern | 1 << bit
         if any(shape[dim] > 1 for dim in varying):
             views.append(torch.zeros(sizes, dtype=torch.int64))
+            attribute = attribute or ids.attributes.get(tensors[bit], "")
     label = torch.zeros((), dtype=torch.int64)
     for each in views:
         label = torch.maximum(label, each)
     for each in views:
-        ids.tie_positions(each, label)
+        ids.tie_positions(each, label, attribute)
     unsafe = torch.zeros_like(pattern)
     parameters = {1 << bit: name for bit, tensor in enumerate(tensors) if (name := ids.parameter(tensor)) is not None}
     for value in pattern.unique().tolist():

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..outputs import tensors_in
+from ..state import tensor_attributes
 from ..verification import WholeDropout, has_values, nothing_to_compare, steady
 from .codes import compact, labels_in, varies
 from .liveness import Liveness
@@ -71,7 +72,10 @@ class Identities(TorchDispatchMode):
         labels: number of labels handed out; label 0 means no channel.
         ties: label pairs, int64 ``[n, 2]`` each.
         frozen, outputs, producers: labels that must stay; that leave the model; that layers or padding made.
-        blame: (operator, module, labels it froze).
+        causes: (kind, what, where, labels that it froze), see :data:`~tcp_core.explanation.ADVICE`.
+        attributes: names of plain tensors that modules keep.
+        ran: modules that were called.
+        watched: modules of which the labels in their outputs are of interest, and these.
         dims: labels along a dimension of a parameter or buffer, 0 where it is fixed.
         entries: labels of every entry, for parameters that were used element by element.
         added: such parameters that need a gate, because a closed channel would not be zero without.
@@ -93,7 +97,9 @@ class Identities(TorchDispatchMode):
         self.frozen: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self.producers: list[Tensor] = []
-        self.blame: list[tuple[str, str, Tensor]] = []
+        self.causes: list[tuple[str, str, str, Tensor]] = []
+        self.watched: dict[nn.Module, list[Tensor]] = {}
+        self.ran: set[nn.Module] = set()
         self.dims: dict[tuple[str, int], Tensor] = {}
         self.entries: dict[str, Tensor] = {}
         self.added: set[str] = set()
@@ -120,13 +126,16 @@ class Identities(TorchDispatchMode):
         for name, tensor in (*self.model.named_buffers(), *self.model.named_parameters()):
             self.names[tensor] = name
         self.modules = {module: name for name, module in self.model.named_modules()}
+        self.attributes = WeakTensorKeyDictionary()
+        for name, tensor in tensor_attributes(self.model).items():
+            self.attributes[tensor] = f"tensor attribute {name!r}"
         self.model.train(mode == "train")
         for module in self.modules:
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()  # as an identity: what it drops has nothing to do with channels
         hooks = (
             nn.modules.module.register_module_forward_pre_hook(lambda module, _: self.stack.append(module)),
-            nn.modules.module.register_module_forward_hook(lambda *_: self._leave()),
+            nn.modules.module.register_module_forward_hook(self._leave),
         )
         try:
             with torch.no_grad(), WholeDropout(), self:
@@ -157,8 +166,12 @@ class Identities(TorchDispatchMode):
             if (codes := self.codes.get(tensor)) is not None:
                 self.outputs.append(labels_in(codes).unique())
 
-    def _leave(self) -> None:  # returns None: a hook's result would replace the module's output
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:  # a result would replace the module's output
         self.stack.pop()
+        self.ran.add(module)
+        if module in self.watched:
+            found = [codes for t in tensors_in(output).values() if (codes := self.codes.get(t)) is not None]
+            self.watched[module] += [labels_in(codes).unique() for codes in found]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -243,21 +256,24 @@ class Identities(TorchDispatchMode):
             pairs = (a[apart] << 32 | b[apart]).unique()  # one number a pair: sorting rows is ten times slower
             self.ties.append(torch.stack([pairs >> 32, pairs & 0xFFFFFFFF], 1))
 
-    def tie_positions(self, a: Tensor, b: Tensor) -> None:
-        """Tie positions that must stay or go together; where one side is fixed, the other is frozen."""
+    def tie_positions(self, a: Tensor, b: Tensor, attribute: str = "") -> None:
+        """Tie positions that must stay or go together; where one side is fixed, the other is frozen: on account of a
+        plain tensor of a module, if ``attribute`` names one.
+        """
         a, b = torch.broadcast_tensors(a, b)
         self.tie(a, b)
-        self.freeze(a[b == 0])
-        self.freeze(b[a == 0])
+        for side, fixed in ((a, b == 0), (b, a == 0)):
+            self.freeze(side[fixed], attribute, kind="attribute" if attribute else "tied")
 
-    def freeze(self, labels: Tensor, operator: str = "", module: str | None = None) -> None:
-        """Freeze labels; with an operator, on account of it."""
+    def freeze(self, labels: Tensor, what: str = "", where: str | None = None, kind: str = "unknown") -> None:
+        """Freeze labels, and remember why: a ``kind`` of cause, ``what`` (an operator, say) and ``where`` (a module; by
+        default the one that is running).
+        """
         labels = labels.unique()
         labels = labels[labels > 0]
         if len(labels):
             self.frozen.append(labels)
-            if operator:
-                self.blame.append((operator, self.here if module is None else module, labels))
+            self.causes.append((kind, what, self.here if where is None else where, labels))
 
     def register(self, name: str, dim: int, labels: Tensor) -> None:
         """Let a parameter's dimension follow labels (0: fixed); the uses of one parameter are tied."""

@@ -18,7 +18,7 @@ def convolution(ids: Identities, call: Call) -> None:
     name = ids.names.get(weight)
     if name is None or not isinstance(weight, nn.Parameter) or (transposed and groups > 1):
         return ids.unknown(call)
-    inputs = _inputs(ids, ids.channelwise(x, 1, call.name))
+    inputs = _inputs(ids, ids.channelwise(x, 1, call.name), call.name)
     out_dim = 1 if transposed else 0
     positions = math.prod((x if transposed else call.out).shape[2:]) * x.shape[0]
     scale = positions * math.prod(weight.shape[2:])
@@ -33,7 +33,7 @@ def convolution(ids: Identities, call: Call) -> None:
             ids.freeze(torch.cat([inputs, outputs]), call.name)
         by_group = torch.cat([inputs.view(groups, -1), outputs.view(groups, -1)], 1)
         ids.tie(by_group, by_group.amax(1, keepdim=True))
-        ids.freeze(by_group[(by_group == 0).any(1)])
+        ids.freeze(by_group[(by_group == 0).any(1)], kind="tied")
         _count(ids, scale * x.shape[1] // groups, None, outputs)
     _finish(ids, name, out_dim, outputs, bias, call.out, 1)
 
@@ -51,7 +51,7 @@ def linear(ids: Identities, call: Call) -> None:
     codes = ids.of(x)
     if codes is not None and any(varies(codes, dim) for dim in range(codes.ndim - 1)):
         ids.freeze(labels_in(codes), call.name)  # channels among the rows
-    inputs = _inputs(ids, ids.channelwise(x, x.ndim - 1, call.name))
+    inputs = _inputs(ids, ids.channelwise(x, x.ndim - 1, call.name), call.name)
     ids.register(name, 1 - out_dim, inputs)
     outputs = _outputs(ids, name, out_dim, ids.model.get_parameter(name))
     _count(ids, call.out.numel() // call.out.shape[-1], inputs, outputs)
@@ -83,8 +83,9 @@ def batch_norm(ids: Identities, call: Call) -> None:
     ids.set(result, along(labels, result, 1, unsafe=int(not gated)))
 
 
-def _inputs(ids: Identities, codes: Tensor) -> Tensor:
-    ids.freeze((codes >> 1)[(codes & 1) == 1])  # a closed channel that is not zero would be missed
+def _inputs(ids: Identities, codes: Tensor, operator: str) -> Tensor:
+    lifted = (codes >> 1)[(codes & 1) == 1]
+    ids.freeze(lifted, operator, kind="lifted")  # a closed channel that is not zero would be missed
     return codes >> 1
 
 
@@ -95,9 +96,9 @@ def _outputs(ids: Identities, name: str, dim: int, weight: Tensor) -> Tensor:
     if labels is None:
         labels = ids.dims[name, dim] = ids.fresh(size)
     elif (labels == 0).any():  # also used where some of its channels are fixed
-        ids.freeze(labels)
+        ids.freeze(labels, name, "", kind="fixed")
         labels = torch.where(labels == 0, ids.fresh(size), labels)
-        ids.freeze(labels)
+        ids.freeze(labels, name, "", kind="fixed")
     ids.producers.append(labels)
     return labels
 
@@ -110,7 +111,7 @@ def _finish(
     if bias_name is not None:
         ids.register(bias_name, 0, outputs)
     elif bias is not None:
-        ids.freeze(outputs, "bias")  # computed, so it can neither be gated nor cut
+        ids.freeze(outputs, "bias that is computed")  # computed, so it can neither be gated nor cut
     ids.set(out, along(outputs, out, dim))
     ids.raw_outputs[out] = (name, out_dim, Gate(bias_name, outputs))
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..channels import Channels, Family, GateSite, Layer, Padding
 from ..cost import CostBuilder, CostModel
+from ..explanation import Cause
 from ..memory import Activations, Storage
 from ..removal import tensor_shapes
 from .identities import Identities
@@ -27,10 +28,12 @@ class Units:
         graph = coo_array((torch.ones(len(ties)).numpy(), (a, b)), shape=(ids.labels, ids.labels))
         self.component = torch.from_numpy(connected_components(graph, directed=False)[1]).long()
         frozen = self._mask(ids.frozen)
+        self.fixed: list[tuple[str, str, str, Tensor]] = []
         slots = self._entry_slots(frozen)
         for (name, _), labels in ids.dims.items():
             if name in ids.fixed:
                 frozen[self.component[labels]] = True
+                self.fixed.append(("fixed", name, "", labels))
         outputs = self._mask(ids.outputs)
         read = self._mask([ids.dims[w, 1 - dim] for w, dim in ids.layers.items() if (w, 1 - dim) in ids.dims])
         # Channels that only leave the model, such as a classifier's, are fixed and no units.
@@ -50,24 +53,27 @@ class Units:
         """Return every label of these units."""
         return torch.isin(self.of(torch.arange(self.ids.labels)), units).nonzero().flatten()
 
-    def channels(self, ignored: set[str], example: tuple[tuple, dict]) -> Channels:
+    def channels(self, ignored: Mapping[str, set[nn.Module]], example: tuple[tuple, dict]) -> Channels:
         """Return the units as the value that everything else works with."""
         ids = self.ids
         cost_model = self._cost_model()
         layers = tuple(Layer(w.rpartition(".")[0], w, self.of(ids.dims[w, dim])) for w, dim in ids.layers.items())
         prunable = ~self.frozen & ~_sole(cost_model)
-        kept = [layer.out_units for layer in layers if layer.name in ignored]
-        kept += [self.of(gate.labels) for w, gate in ids.norms.items() if w.rpartition(".")[0] in ignored]
-        for units in kept:
-            prunable[units[units >= 0]] = False
-        is_unit = self.index >= 0
-        unknown = {(op, module): None for op, module, labels in ids.blame if is_unit[self.component[labels]].any()}
+        patterns = tuple(ignored)
+        ignored = {pattern: self._kept(modules, layers) for pattern, modules in ignored.items()}
+        for units in ignored.values():
+            prunable[units] = False
+        causes = self._causes(ignored, _sole(cost_model))
+        unknown = {
+            (c.what, c.where): None for c in causes if c.kind in ("unknown", "attribute", "computed", "changing")
+        }
         return Channels(
             units=len(self.frozen),
             families=_families(cost_model, self.slots, layers),
             frozen=self.frozen,
             prunable=prunable,
             unknown=tuple(unknown),
+            causes=causes,
             slots=self.slots,
             layers=layers,
             sites=self._sites(),
@@ -77,7 +83,33 @@ class Units:
             state=self._state(),
             activations=self._activations(),
             example=example,
+            ignored=patterns,
         )
+
+    def _kept(self, modules: set[nn.Module], layers: Sequence[Layer]) -> Tensor:
+        """Return the units in the outputs of these modules, and of layers whose weights they hold (which another module
+        may use without calling them).
+        """
+        names = {id(p): name for name, p in self.ids.model.named_parameters()}
+        weights = {names[id(p)] for module in modules for p in module.parameters(recurse=False)}
+        units = [self.of(labels) for module in modules for labels in self.ids.watched.get(module, ())]
+        units += [layer.out_units for layer in layers if layer.weight in weights]
+        units += [self.of(gate.labels) for weight, gate in self.ids.norms.items() if weight in weights]
+        units = torch.cat(units).unique() if units else torch.zeros(0, dtype=torch.int64)
+        return units[units >= 0]
+
+    def _causes(self, ignored: Mapping[str, Tensor], sole: Tensor) -> tuple[Cause, ...]:
+        """Return why units stay, each cause once, in the order in which they were met."""
+        found: dict[tuple[str, str, str], list[Tensor]] = {}
+        for kind, what, where, labels in (*self.ids.causes, *self.fixed):
+            found.setdefault((kind, what, where), []).append(self.of(labels))
+        outputs = [self.of(labels) for labels in self.ids.outputs]
+        found |= {("output", "", ""): outputs} if outputs else {}
+        found |= {("ignored", f"ignore={pattern!r}", ""): [units] for pattern, units in ignored.items()}
+        found[("sole", "", "")] = [sole.nonzero().flatten()]
+        causes = [Cause(*key, torch.cat(units).unique()) for key, units in found.items()]
+        causes = [cause._replace(units=cause.units[cause.units >= 0]) for cause in causes]
+        return tuple(cause for cause in causes if len(cause.units))
 
     def _mask(self, labels: Sequence[Tensor]) -> Tensor:
         mask = torch.zeros(int(self.component.max()) + 1, dtype=torch.bool)
@@ -95,6 +127,7 @@ class Units:
             dims = [d for d in range(labels.ndim) if (components != components.narrow(d, 0, 1)).any()]
             if len(dims) > 1 or name in self.ids.fixed or name in registered:
                 frozen[components.reshape(-1)] = True
+                self.fixed.append(("fixed", name, "", labels.reshape(-1)))
                 self.ids.fixed.add(name)
                 continue
             dim = dims[0] if dims else max(range(labels.ndim), key=lambda d: labels.shape[d])
