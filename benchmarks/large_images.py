@@ -25,7 +25,7 @@ from torchvision import models
 
 from tcp_core.datasets.streams import Stream
 from tcp_core.study.results import environment
-from tcp_core.training.fit import PRECISIONS
+from tcp_core.training.evaluation import PRECISIONS
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 97
 

@@ -37,7 +37,7 @@ from tcp_core.selection import fill
 from tcp_core.study.criteria import uniform_l1
 from tcp_core.study.results import environment
 from tcp_core.training.batches import channels_last
-from tcp_core.training.fit import PRECISIONS, autocast
+from tcp_core.training.evaluation import PRECISIONS, autocast
 
 GOAL = 0.7
 MULTIPLE = 8

@@ -13,8 +13,10 @@ from .removal import remove
 from .storage import FileError, load, save
 from .tailor import Report, Tailor
 from .tracing import trace
-from .training.fit import FitResult, evaluate, fit
+from .training.evaluation import evaluate
+from .training.fit import fit
 from .training.ladder import Ladder, ladder
+from .training.run import FitResult
 from .verification import RemovalError
 
 __all__ = [

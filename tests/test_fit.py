@@ -15,7 +15,7 @@ from tcp_core import BudgetError, Tailor, evaluate, fit, nets
 from tcp_core.datasets import sources
 from tcp_core.study import results
 from tcp_core.training import batches, frames
-from tcp_core.training.fit import warmup_cosine
+from tcp_core.training.recipe import warmup_cosine
 
 EPOCHS, BATCH = 6, 20  # 96 steps with 320 images, about the fewest that tailoring takes
 

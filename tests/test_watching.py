@@ -81,7 +81,7 @@ def test_a_script_prints_one_row_an_epoch(channels, capsys):
     assert capsys.readouterr() == (
         "epoch   1/4  lr 0.100  loss 1.000  train 50.00%  val 25.00%  macs 50.00%  params 100.00%  1.2 s\n"
         "epoch   2/4  lr 0.100  loss 0.500  train 50.00%  val 25.00%  macs 50.00%  params 100.00%  1.2 s\n"
-        "epoch  10/4  lr 0.100  loss 0.100  train 50.00%  val nan%  macs 50.00%  params 100.00%  1.2 s\n",
+        "epoch  10/4  lr 0.100  loss 0.100  train 50.00%  macs 50.00%  params 100.00%  1.2 s\n",
         "",
     )
 

@@ -82,7 +82,8 @@ class Stream:
 
     Raises:
         FileNotFoundError: if ``root`` is not such a folder.
-        ValueError: for a number out of range; while iterating, with the name of an image that cannot be read.
+        ValueError: for a number out of range, or a root whose folders are the parts train, val and test; while
+            iterating, with the name of an image that cannot be read.
     """
 
     def __init__(
@@ -106,6 +107,12 @@ class Stream:
         except OSError as error:
             raise FileNotFoundError(f"{root} must be a folder with one folder of images a class ({error}).") from error
         self.classes = tuple(folder.classes)
+        if "train" in self.classes and len(self.classes) > 1 and {*self.classes} <= {"train", "val", "test"}:
+            raise ValueError(
+                f"{root} has the folders {', '.join(self.classes)}, which are parts of a data set and would be taken "
+                f"for its classes: give Stream({str(Path(root) / 'train')!r}, train=True) and so on, or "
+                f"streams.load({str(root)!r}), which gives them all."
+            )
         # in one piece, which workers share: of a list each would soon have a copy, as it counts references in it
         self.paths = np.array([os.fsencode(path) for path, _ in folder.samples])
         self.labels = np.array(folder.targets)

@@ -20,7 +20,7 @@ from ..cost import BudgetError
 from ..gates import Gated
 from ..state import keeping_modes
 from ..training.batches import channels_last
-from ..training.fit import PRECISIONS, autocast
+from ..training.evaluation import PRECISIONS, autocast
 from ..training.processes import summed
 from ..verification import to_model
 

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from .. import nets
-from ..training import fit
 from ..training.batches import channels_last
+from ..training.evaluation import PRECISIONS, autocast
 from . import places
 from .declaration import Declaration
 from .results import environment
@@ -85,7 +85,7 @@ def images_per_second(
     try:
         while len(took) < 3 or sum(took[1:]) < seconds:  # the first one, which warms up, does not count
             started = time.perf_counter()
-            with fit.autocast(device, fit.PRECISIONS[precision]):
+            with autocast(device, PRECISIONS[precision]):
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), y)
             optimizer.zero_grad()

@@ -21,14 +21,14 @@ from .. import nets
 from ..controller import Controller
 from ..datasets import images
 from ..tracing import trace
-from ..training import batches, fit
+from ..training import batches, evaluation
 from . import comparators, places
 from .declaration import BUDGETS, NETWORK, PLACES, Declaration, DeclarationError, Run, path_of, project_of
 
 ALLOWED = {
     "network": tuple(sorted(nets.NETWORKS)),
     "method": ("tailored", "dense", *comparators.METHODS),
-    "precision": tuple(fit.PRECISIONS),
+    "precision": tuple(evaluation.PRECISIONS),
     "augment": images.AUGMENTATIONS,
     "mixing": tuple(batches.MIXING),
 }

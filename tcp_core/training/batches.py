@@ -6,18 +6,24 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torchvision.transforms import v2
 
 from ..datasets.images import Images
 from ..datasets.streams import Stream
 from .processes import rank_and_world
 
+BATCH_SIZE = 128  # of images in memory, where none is given
 MIXING = {"none": None, "mixup": v2.MixUp, "cutmix": v2.CutMix}
 
 
-def by_epoch(images: Images | Iterable, batch_size: int, augment: str, seed: int | None, device: torch.device):
-    """Return a function from the epoch's number to its batches; ``seed`` None keeps the order and every image."""
+def by_epoch(images: Images | Iterable, batch_size: int | None, augment: str, seed: int | None, device: torch.device):
+    """Return a function from the epoch's number to its batches; ``seed`` None keeps the order and every image.
+
+    ``batch_size`` is of images in memory; batches that are made already have their own.
+    """
     if isinstance(images, Images):
+        batch_size = BATCH_SIZE if batch_size is None else batch_size
         images = images.to(device)
         if seed is None:
             return lambda epoch: images.batches(batch_size)
@@ -41,7 +47,7 @@ def by_epoch(images: Images | Iterable, batch_size: int, augment: str, seed: int
             return len(images)
 
         def __iter__(self):
-            return ((x.to(device), y.to(device)) for x, y in images)
+            return ((_moved(x, device), _moved(y, device)) for x, y in images)
 
     moved = Moved()
     told = images if hasattr(images, "set_epoch") else getattr(images, "sampler", None)
@@ -52,6 +58,23 @@ def by_epoch(images: Images | Iterable, batch_size: int, augment: str, seed: int
         return moved
 
     return of_epoch
+
+
+def _moved(value, device: torch.device):
+    """Return a tensor, or tuples, lists and dicts of some, on the device."""
+    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, value)
+
+
+def check_batch_size(images: Images | Iterable, batch_size: int | None) -> None:
+    """Raise ValueError if batches that are made already have another size than the one that was asked for."""
+    if batch_size is None or isinstance(images, Images):
+        return
+    own = getattr(images, "batch_size", None)
+    if own is not None and own != batch_size:
+        raise ValueError(
+            f"batch_size={batch_size} given, but this {type(images).__name__} makes batches of {own}: build it with "
+            f"batch_size={batch_size}, or leave batch_size out here."
+        )
 
 
 def to_their_end(batches: Iterable) -> Iterator:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from ..channels import Channels
 from ..cost import Budget
@@ -18,19 +15,14 @@ from ..datasets.images import Images
 from ..state import keeping_modes
 from ..tailor import Tailor
 from ..tracing import trace
-from .batches import by_epoch, channels_last, mixer, to_their_end
-from .checkpoints import write
-from .processes import (
-    agree,
-    gathered,
-    plain_batch_norms,
-    rank_and_world,
-    share_buffers,
-    summed,
-    synchronised,
-    together,
-)
-from .run import PRECISIONS, FitResult, Run, autocast, random_state, resumable, set_random_state
+from .averaging import Average
+from .batches import by_epoch, channels_last, check_batch_size, mixer
+from .evaluation import PRECISIONS, autocast, check_precision, device_of
+from .frames import printed
+from .objective import Objective, check_labels, check_teacher, in_full_precision, taught, teacher_of
+from .processes import agree, plain_batch_norms, rank_and_world, synchronised, together
+from .recipe import Optimise, Schedule, described, optimise, scheduled
+from .run import FitResult, Run, resumable
 
 
 def fit(
@@ -41,13 +33,22 @@ def fit(
     budget: Budget | Mapping | None = None,
     prune: Callable[[nn.Module, Channels, int], nn.Module] | None = None,
     epochs: int,
-    batch_size: int = 128,
-    lr: float = 0.1,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    warmup: float = 0.05,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    momentum: float | None = None,
+    weight_decay: float | None = None,
+    warmup: float | None = None,
     restart: float = 0.0,
+    optimizer: Optimise | None = None,
+    schedule: Schedule | None = None,
+    clip: float | None = None,
+    ema: float | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    metric: Callable[[Any, Any], Tensor | float] | None = None,
     label_smoothing: float = 0.0,
+    teacher: nn.Module | None = None,
+    teacher_weight: float = 0.5,
+    temperature: float = 4.0,
     augment: str = "crop_flip",
     mixing: str = "none",
     accumulate: int = 1,
@@ -55,6 +56,7 @@ def fit(
     sync_batch_norm: bool = False,
     seed: int = 0,
     device: torch.device | str | None = None,
+    verbose: bool | None = None,
     on_epoch: Callable[[dict], Any] | None = None,
     on_step: Callable[[int, int], Any] | None = None,
     checkpoints: str | Path | None = None,
@@ -63,24 +65,49 @@ def fit(
 ) -> FitResult:
     """Train ``model`` in one run that ends in a network of exactly the budget.
 
+    As soon as the set of units is final, the network is made physically smaller and the same run goes on. By default
+    with SGD and Nesterov momentum; the learning rate rises over the share ``warmup`` of the run and then follows a
+    cosine to 0.
+
     Where torch.distributed has been initialised, it is one run over all processes: each trains on its own part of every
     batch, ``batch_size`` images a process, and all end with the same network. Each is given its ``device``; batches
     that are neither ``Images`` nor a ``Stream`` must be divided already (a DistributedSampler).
 
-    SGD with Nesterov momentum; the learning rate rises over the share ``warmup`` of the run and then follows a
-    cosine to 0. As soon as the set of units is final, the network is made physically smaller and the same run goes on.
-
     Args:
         model: the dense network, trained or not; it is trained in place until it is made smaller.
         train: :class:`~tcp_core.datasets.images.Images`, :class:`~tcp_core.datasets.streams.Stream`, or any iterable of
-            ``(x, y)`` batches with a length; it, or its sampler, is told the epoch if it has ``set_epoch``.
+            ``(x, y)`` batches with a length; it, or its sampler, is told the epoch if it has ``set_epoch``. Images in
+            memory need no workers; a ``Stream`` and a DataLoader have theirs (``workers``, ``num_workers``).
         val: the same, for the accuracy after each epoch; never the test images. None leaves it out.
         budget: a :class:`Budget` or dict; with neither it nor ``prune`` the dense network is trained.
         prune: another way to make the network smaller, called as ``prune(model, channels, steps)``; it returns what
             is trained in the model's place, see :func:`tcp_core.study.comparators.pruner`.
         epochs: passes over ``train``.
+        batch_size: images a batch, of ``Images`` (128 if None). Batches that are made already have their own size.
+        lr: peak of the learning rate, 0.1 if None; not with ``optimizer``.
+        momentum: of SGD, 0.9 if None; not with ``optimizer``.
+        weight_decay: of weights with two or more dimensions; batch norms and biases have none. 5e-4 if None, and with
+            ``optimizer`` what that says.
+        warmup: share of the run in which the learning rate rises, 0.05 if None; not with ``schedule``.
         restart: share of the run after which the learning rate's schedule starts anew, once; 0: it does not.
-        weight_decay: of weights with two or more dimensions; batch norms and biases have none.
+        optimizer: another optimiser, as a function of parameter groups (weights; batch norms and biases):
+            ``lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.05)``.
+        schedule: another schedule of the learning rate, as a function of (optimizer, steps) that gives one of
+            torch.optim.lr_scheduler, which then moves once a step.
+        clip: the norm to which the gradients of all weights together are clipped before each step; None: they are not.
+        ema: decay of a moving average of the weights, such as 0.999: validation measures it and ``FitResult.model`` is
+            it. In step n it is ``min(ema, (1 + n) / (10 + n))``. None: there is none.
+        loss: the mean loss of a batch, as a function of (outputs, targets); None: cross-entropy. Outputs are what the
+            network returns, in float32; targets are the batch's second part.
+        metric: what takes the accuracy's place, as a function of (outputs, targets) that gives a batch's mean; None:
+            the share of images or pixels that are right, NaN where outputs are not logits.
+        label_smoothing: of cross-entropy, in training.
+        teacher: a trained network to learn from, which may be ``model`` as it is now. The loss is then
+            ``(1 - teacher_weight) * loss + teacher_weight * T**2 * KL(teacher || network)`` of ``softmax(logits / T)``
+            (Hinton et al. 2015), T the ``temperature``. It is copied and runs in eval mode, on the batch as it was
+            mixed, on ``device`` and in the run's precision.
+        teacher_weight: share of the loss that comes from the teacher.
+        temperature: by which logits are divided before the softmax.
         augment: "none", "crop" or "crop_flip", for ``Images``.
         mixing: "none", "mixup" or "cutmix" of each batch's images and labels, on the device they are trained on;
             ``train`` must know its ``classes``.
@@ -90,6 +117,8 @@ def fit(
             GPUs only). The network that is returned has its own batch norms again.
         seed: order and augmentation of the training images.
         device: where to train; where the model is, if None.
+        verbose: whether to print a row an epoch; if None, unless ``on_epoch`` or ``on_step`` is given. That a run goes
+            on from a checkpoint is said unless it is False.
         on_epoch: called with each row of the history and, as ``widths`` in it, the open channels of each layer.
         on_step: called with the number of steps taken and that of the whole run, after each step.
         checkpoints: a folder for checkpoints. If it has one, the run goes on from there, to the same end as a run that
@@ -98,20 +127,18 @@ def fit(
         tailoring: options of :class:`Tailor` (``ignore``, ``min_width``, ``phase``, ...).
 
     Raises:
-        BudgetError, ValueError: before any training, see :class:`Tailor`.
+        BudgetError, ValueError, TypeError: before any training, see :class:`Tailor`; ValueError at a batch with a label
+            that the network has no output for, the step not taken.
         FloatingPointError: if the loss or a gradient is not finite, in all processes alike; weights, running statistics
             and the optimiser's state are as before that step.
         CheckpointError: if a checkpoint cannot be written, or the folder has those of another run.
     """
-    _check_precision(precision)
-    if not 0 <= restart < 1:
-        raise ValueError(f"restart={restart!r}; it must be a share of the run in [0, 1), 0 for no restart.")
-    for name, value in (("epochs", epochs), ("accumulate", accumulate)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}; it must be an int of at least 1.")
+    _check(precision, epochs, accumulate, restart, clip, ema, teacher_weight, temperature, tailoring)
     mix = mixer(mixing, train)
-    device = _device(model, device)
+    optimised, following = optimise(optimizer, lr, momentum, weight_decay), scheduled(schedule, warmup, restart)
+    device = device_of(model, device)
     model.to(device)
+    check_batch_size(train, batch_size)
     batches = by_epoch(train, batch_size, augment, seed, device)
     if val is not None:
         by_epoch(val, batch_size, "none", None, device)  # refused now rather than after the first epoch
@@ -122,11 +149,16 @@ def fit(
     steps = epochs * length
     example = next(iter(batches(0)))[0][:2]
     channels = trace(model, example, ignore=tailoring.get("ignore", ()))
+    teacher = teacher_of(teacher, device)
+    objective = Objective(loss, metric, label_smoothing, teacher, teacher_weight, temperature)
+    _check_outputs(model, example, objective, precision, train, val)
+    of_optimizer = described(optimised(model))
     pruned = _pruned(model, example, channels, steps, budget, prune, tailoring)
     # the network comes first: where it differs, so do its costs and bounds
     recipe = {"shapes": {name: list(shape) for name, shape in channels.shapes.items()}}
-    recipe |= {"epochs": epochs, "steps": steps, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-    recipe |= {"warmup": warmup, "restart": restart, "label_smoothing": label_smoothing, "augment": augment}
+    recipe |= {"epochs": epochs, "steps": steps, "lr": of_optimizer["groups"][0].get("lr"), "optimizer": of_optimizer}
+    recipe |= {"warmup": warmup, "restart": restart, "schedule": getattr(schedule, "__qualname__", None)}
+    recipe |= {"clip": clip, "ema": ema, **objective.described(), "augment": augment}
     recipe |= {"mixing": mixing, "accumulate": accumulate, "sync_batch_norm": sync_batch_norm}
     recipe |= {"precision": precision, "seed": seed, "bounds": {} if pruned is None else pruned.report()["bounds"]}
     agree(recipe)
@@ -134,55 +166,71 @@ def fit(
     agree({"checkpoint": saved and saved["step"]})  # not if each machine has a folder of its own
     if saved and pruned is not None:
         pruned.resume(saved["pruned"])
-    classes = synchronised(model if pruned is None else pruned.model, device) if sync_batch_norm else {}
-    groups = _parameter_groups(model if pruned is None else pruned.model, weight_decay)
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
-    again = round(restart * steps)
-
-    def factor(step: int) -> float:
-        first, length = (0, again) if step < again else (again, steps - again)
-        return warmup_cosine(step - first, length, warmup)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    run = Run(model, pruned, channels, optimizer, schedule, recipe)
-    rank, _ = rank_and_world()
+    trained = model if pruned is None else pruned.model
+    classes = synchronised(trained, device) if sync_batch_norm else {}
+    optimizer = optimised(trained)
+    run = Run(
+        *(model, pruned, channels, optimizer, following(optimizer, steps), recipe),
+        **{"device": device, "length": length, "steps": steps, "objective": objective, "mix": mix},
+        **{"accumulate": accumulate, "precision": precision, "clip": clip, "on_step": on_step},
+        **{"average": None if ema is None else Average(trained, ema)},
+        **{"checkpoints": checkpoints, "checkpoint_every": checkpoint_every},
+    )
+    first = rank_and_world()[0] == 0
     if saved:
         run.restore(saved)
+        if first and verbose is not False:
+            print(f"resuming from step {run.step} of {steps}", flush=True)
     run.called = together(run.network, device)
+    shown = first and (on_epoch is None and on_step is None if verbose is None else verbose)
     for epoch in range(len(run.history), epochs):
-        started = time.perf_counter()
-        taken = run.step - epoch * length  # steps of this epoch that were taken before the run was stopped
-        if not taken:
-            run.begin_epoch(device)
-        elif taken < length:  # the same batches are drawn again
-            set_random_state(run.epoch_random[rank], device)
-        run.network.train()
-        given = to_their_end(batches(epoch) if taken < length else ())
-        for position in range(length if taken < length else 0):
-            if position < taken:
-                for _ in range(accumulate):
-                    next(given)
-                continue
-            if position == taken > 0:
-                set_random_state(saved["random"][rank], device)
-            run.train((mix(*next(given)) for _ in range(accumulate)), accumulate, precision, label_smoothing)
-            if on_step is not None:
-                on_step(run.step, steps)
-            if checkpoints is not None and run.step % (checkpoint_every or length) == 0:
-                run.seconds += time.perf_counter() - started
-                state = run.state() | {"random": gathered(random_state(device))}
-                if rank == 0:
-                    write(checkpoints, run.step, state)
-                started = time.perf_counter()
-        if taken == length:
-            set_random_state(saved["random"][rank], device)
-        run.seconds += time.perf_counter() - started
-        share_buffers(run.network)
-        row = run.end_epoch(_validated(run.network, val, precision, device) if val is not None else {})
+        run.epoch(epoch, batches)
+        run.share()
+        row = run.end_epoch(run.validate(val))
+        if shown:
+            print(printed(row, channels.cost(), epochs, share=metric is None), flush=True)
         if on_epoch is not None:
             on_epoch(row | {"widths": channels.widths(run.open_units)})
     plain_batch_norms(run.trained, classes)
-    return run.result(length)
+    return run.result()
+
+
+def _check(precision, epochs, accumulate, restart, clip, ema, teacher_weight, temperature, tailoring: Mapping) -> None:
+    """Refuse numbers out of range, and options that are another object's."""
+    check_precision(precision)
+    for name, value, allowed, right in (
+        ("restart", restart, "a share of the run in [0, 1), 0 for no restart", lambda share: 0 <= share < 1),
+        ("epochs", epochs, "an int of at least 1", lambda count: isinstance(count, int) and count >= 1),
+        ("accumulate", accumulate, "an int of at least 1", lambda count: isinstance(count, int) and count >= 1),
+        ("clip", clip, "a norm above 0, or None", lambda norm: norm is None or norm > 0),
+        ("ema", ema, "a decay in (0, 1), such as 0.999, or None", lambda decay: decay is None or 0 < decay < 1),
+        ("teacher_weight", teacher_weight, "a share of the loss in [0, 1]", lambda share: 0 <= share <= 1),
+        ("temperature", temperature, "above 0", lambda value: value > 0),
+    ):
+        if not right(value):
+            raise ValueError(f"{name}={value!r}; it must be {allowed}.")
+    for name in {"workers", "num_workers"} & tailoring.keys():
+        raise TypeError(
+            f"{name}= given: images in memory need none, and a Stream or DataLoader is built with its own: "
+            f"Stream(..., workers=8), DataLoader(..., num_workers=8)."
+        )
+
+
+@torch.no_grad()
+def _check_outputs(model: nn.Module, example: Tensor, objective: Objective, precision: str, train, val) -> None:
+    """Refuse outputs, labels and a teacher that do not go together, as far as one forward pass in eval mode shows."""
+    if objective.teacher is None and objective.loss is not None:
+        return
+    devices = [example.device] if example.is_cuda else []
+    context = autocast(example.device, PRECISIONS[precision])
+    with keeping_modes(model), torch.random.fork_rng(devices), context:
+        outputs = in_full_precision(model.eval()(channels_last(example)))
+        lesson = None if objective.teacher is None else in_full_precision(taught(objective.teacher, example))
+    if lesson is not None:
+        check_teacher(outputs, lesson)
+    for part, images in (("train", train), ("val", val)):
+        if objective.loss is None and hasattr(images, "labels"):
+            check_labels(outputs, torch.as_tensor(images.labels), f"the images of {part}")
 
 
 def _pruned(model, example, channels: Channels, steps: int, budget, prune, tailoring: dict) -> nn.Module | None:
@@ -194,77 +242,3 @@ def _pruned(model, example, channels: Channels, steps: int, budget, prune, tailo
     if tailoring:
         raise TypeError(f"options {sorted(tailoring)} need a budget; without one the dense network is trained.")
     return None if prune is None else prune(model, channels, steps)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    images: Images | Iterable,
-    *,
-    batch_size: int = 512,
-    precision: str = "fp32",
-    device: torch.device | str | None = None,
-) -> dict[str, float]:
-    """Return ``{"loss", "accuracy"}`` (mean cross-entropy, fraction right) of ``model`` in eval mode on ``images``."""
-    _check_precision(precision)
-    return _means(_sums(model, images, batch_size, precision, _device(model, device)))
-
-
-def _sums(model: nn.Module, images: Images | Iterable, batch_size: int, precision: str, device: torch.device) -> list:
-    """Return the sum of losses, the number of images that the model is right about, and that of all."""
-    loss, right, seen = 0.0, 0, 0
-    with keeping_modes(model):
-        model.eval()
-        for x, y in by_epoch(images, batch_size, "none", None, device)(0):
-            with autocast(device, PRECISIONS[precision]):
-                logits = model(channels_last(x))
-            loss += float(F.cross_entropy(logits.float(), y, reduction="sum"))
-            right += int((logits.argmax(1) == y).sum())
-            seen += len(y)
-    return [loss, right, seen]
-
-
-def _means(sums: list) -> dict[str, float]:
-    loss, right, seen = sums
-    if not seen:
-        raise ValueError("there are no images to evaluate on; give at least one batch.")
-    return {"loss": loss / seen, "accuracy": right / seen}
-
-
-@torch.no_grad()
-def _validated(model: nn.Module, val: Images | Iterable, precision: str, device: torch.device) -> dict[str, float]:
-    """Evaluate, each process on its own part of the images; on all of them where they cannot be divided."""
-    rank, world = rank_and_world()
-    if world == 1 or not hasattr(val, "part"):
-        return evaluate(model, val, precision=precision, device=device)
-    sums = _sums(model, val.part(rank, world), 512, precision, device)
-    return _means(summed(torch.tensor(sums, dtype=torch.float64, device=device)).tolist())
-
-
-def warmup_cosine(step: int, steps: int, warmup: float) -> float:
-    """Return the learning rate's factor at ``step``: linear over the share ``warmup`` of ``steps``, then a cosine."""
-    rising = warmup * steps
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1.0, steps - rising))))
-
-
-def _check_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r}; it must be one of {', '.join(PRECISIONS)}.")
-
-
-def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weights decay; batch norms and biases do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]

@@ -1,5 +1,8 @@
 """The columns of a run's data frames: what `fit` returns, figures draw and result folders keep."""
 
+import math
+from collections.abc import Mapping
+
 HISTORY = (
     *("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),
     *("seconds", "macs", "params", "open_units", "strength"),
@@ -38,3 +41,17 @@ def training_cost(
         return float(epochs) * before
     first = frozen_at / steps if frozen_at > 1 else 0.0
     return epochs * (first * before + (1 - first) * macs)
+
+
+def printed(row: Mapping, dense: Mapping[str, int], epochs: int, *, share: bool = True) -> str:
+    """Return the line that stands for an epoch; costs are in percent of the dense network's.
+
+    Accuracies are shares, or numbers of a metric (``share`` False); one that is NaN is left out.
+    """
+    scores = {name: row[f"{name}_accuracy"] for name in ("train", "val")}
+    shown = [f"{name} {value:{'.2%' if share else '.4g'}}  " for name, value in scores.items() if math.isfinite(value)]
+    return (
+        f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.3{'f' if row['lr'] >= 0.001 or not row['lr'] else 'g'}}  "
+        f"loss {row['train_loss']:.3f}  {''.join(shown)}macs {row['macs'] / dense['macs']:.2%}  "
+        f"params {row['params'] / dense['params']:.2%}  {row['seconds']:.1f} s"
+    )

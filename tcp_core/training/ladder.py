@@ -22,9 +22,10 @@ from ..storage import load, save
 from ..tracing import trace
 from . import checkpoints
 from .batches import by_epoch
-from .fit import FitResult, fit
+from .fit import fit
 from .frames import training_cost
 from .processes import agree, rank_and_world
+from .run import FitResult
 
 
 @dataclass
@@ -88,7 +89,11 @@ def ladder(
             f"{len(budgets)} budgets and {len(epochs)} numbers of epochs; give one for each, at least one."
         )
     dense, bounds = _planned(model, train, budgets, epochs, options)
-    said = {name: repr(value) for name, value in sorted(options.items()) if name not in UNSAID}
+    said = {
+        name: getattr(value, "__qualname__", None) or repr(value)
+        for name, value in sorted(options.items())
+        if name not in UNSAID
+    }
     plan = {"bounds": bounds, "epochs": epochs, "dense": dense, "options": said}
     place = None if folder is None else _Folder(Path(folder), json.loads(json.dumps(plan)))
     done = [] if place is None else place.read()
@@ -124,7 +129,7 @@ def ladder(
     return Ladder(models, table, pd.DataFrame([row for rung in done for row in rung["history"]]))
 
 
-UNSAID = ("device", "on_step")
+UNSAID = ("device", "on_step", "verbose")
 """Options that results do not depend on."""
 
 
@@ -133,7 +138,7 @@ def _planned(
 ) -> tuple[dict[str, float], list[dict]]:
     """Return the dense network's costs, and each budget in absolute numbers; raise where one cannot be met."""
     given = {name: options[name] for name in inspect.signature(Controller).parameters if name in options}
-    batches = by_epoch(train, options.get("batch_size", 128), "none", 0, _device(model, options))(0)
+    batches = by_epoch(train, options.get("batch_size"), "none", 0, _device(model, options))(0)
     length = len(batches) // options.get("accumulate", 1)
     channels = trace(model, next(iter(batches))[0][:2], ignore=options.get("ignore", ()))
     dense: dict[str, float] = {}

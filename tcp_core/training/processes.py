@@ -11,7 +11,7 @@ import socket
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -123,11 +123,11 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
-def share_buffers(model: nn.Module) -> None:
-    """Give every process the first one's buffers: running statistics are of each process's own batches."""
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give every process the first one's tensors: running statistics, say, are of each process's own batches."""
     if rank_and_world()[1] > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def together(network: nn.Module, device: torch.device) -> nn.Module:

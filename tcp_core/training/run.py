@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..channels import Channels
-from ..tailor import Report
-from .batches import channels_last
-from .checkpoints import CheckpointError, newest, prepare
+from ..tailor import Report, Tailor
+from .averaging import Average
+from .batches import channels_last, to_their_end
+from .checkpoints import CheckpointError, newest, prepare, write
+from .evaluation import PRECISIONS, autocast, validated
 from .guard import Guard
-from .processes import alone, gathered, rank_and_world, summed, together
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+from .objective import Objective, in_full_precision, taught
+from .processes import alone, gathered, rank_and_world, share, summed, together
 
 
 @dataclass
@@ -29,7 +30,8 @@ class FitResult:
     """What a training run leaves: a plain module and data frames.
 
     Attributes:
-        model: the trained network; with a budget, the tailored one.
+        model: the trained network; with a budget, the tailored one. With ``ema`` it has the averaged weights, which
+            the last row of the history was measured with.
         history: one row an epoch: epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy, seconds (of training),
             macs, params, open_units, strength. Accuracies are fractions.
         trajectory: one row a re-ranking: step, epoch, macs, params, macs_schedule, params_schedule, strength, losing,
@@ -37,6 +39,7 @@ class FitResult:
         widths: one row a layer: layer, dense, tailored.
         report: requested, delivered, floor and dense cost; see :meth:`tcp_core.Tailor.report`. Empty without a budget.
         frozen_at_step: the step after which the network was tailored, or None.
+        last: with ``ema``, the weights of the last step that are not averaged, by name; else None.
     """
 
     model: nn.Module
@@ -45,15 +48,17 @@ class FitResult:
     widths: pd.DataFrame
     report: Report = field(default_factory=Report)
     frozen_at_step: int | None = None
+    last: dict[str, Tensor] | None = None
 
 
 @dataclass
 class Run:
-    """A run that can be stopped: what is trained and by what, and how far it is.
+    """A run that can be stopped: what is trained and by what, how, and how far it is.
 
     ``pruned`` is what is called in the place of ``model``, None for the dense network; ``called`` is what is called in
-    training. ``sums`` (of loss, hits and images) and ``seconds`` are of the epoch it is in, ``epoch_random`` is the
-    state of every process's random numbers at its start.
+    training; ``average`` is the moving average, or None. ``length`` is the steps of an epoch. ``sums`` (of loss, score
+    and images) and ``seconds`` are of the epoch it is in, ``epoch_random`` is the state of every process's random
+    numbers at its start, and ``random`` that where a run was stopped that goes on here.
     """
 
     model: nn.Module
@@ -62,12 +67,26 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     recipe: dict[str, Any]
+    _: KW_ONLY
+    device: torch.device
+    length: int
+    steps: int
+    objective: Objective
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    accumulate: int = 1
+    precision: str = "fp32"
+    clip: float | None = None
+    average: Average | None = None
+    on_step: Callable[[int, int], Any] | None = None
+    checkpoints: str | Path | None = None
+    checkpoint_every: int = 0
     step: int = 0
     history: list[dict] = field(default_factory=list)
     frozen_at: int | None = None
     sums: Tensor | None = None
     seconds: float = 0.0
     epoch_random: list[list[Tensor]] | None = None
+    random: list[list[Tensor]] | None = None
     called: nn.Module | None = None
 
     @property
@@ -80,40 +99,99 @@ class Run:
         """The module whose parameters the optimiser holds; it is made smaller in mid-run."""
         return self.model if self.pruned is None else self.pruned.model
 
-    def begin_epoch(self, device: torch.device) -> None:
-        """Forget the sums of the epoch before, and keep the random numbers with which this one starts."""
-        self.sums, self.seconds = torch.zeros(3, device=device), 0.0
-        self.epoch_random = gathered(random_state(device))
+    def epoch(self, number: int, batches: Callable[[int], Iterable]) -> None:
+        """Take the steps of epoch ``number`` (from 0) that are left: all, but where the run goes on in mid-epoch."""
+        started = time.perf_counter()
+        rank, _ = rank_and_world()
+        taken = self.step - number * self.length
+        if not taken:
+            self.sums, self.seconds = torch.zeros(3, device=self.device), 0.0
+            self.epoch_random = gathered(random_state(self.device))
+        elif taken < self.length:  # the same batches are drawn again
+            set_random_state(self.epoch_random[rank], self.device)
+        self.network.train()
+        given = to_their_end(batches(number) if taken < self.length else ())
+        for position in range(self.length if taken < self.length else 0):
+            if position < taken:
+                for _ in range(self.accumulate):
+                    next(given)
+                continue
+            if position == taken > 0:
+                set_random_state(self.random[rank], self.device)
+            self.train((self.mix(*next(given)) for _ in range(self.accumulate)), position)
+            if self.on_step is not None:
+                self.on_step(self.step, self.steps)
+            if self.checkpoints is not None and self.step % (self.checkpoint_every or self.length) == 0:
+                self.seconds += time.perf_counter() - started
+                state = self.state() | {"random": gathered(random_state(self.device))}
+                if rank == 0:
+                    write(self.checkpoints, self.step, state)
+                started = time.perf_counter()
+        if taken == self.length:
+            set_random_state(self.random[rank], self.device)
+        self.seconds += time.perf_counter() - started
 
-    def train(
-        self, batches: Iterator[tuple[Tensor, Tensor]], count: int, precision: str, label_smoothing: float
-    ) -> None:
-        """Take one step on ``count`` batches; a loss or gradient that is not finite raises, and nothing has changed."""
+    def train(self, batches: Iterable[tuple[Tensor, Any]], position: int) -> None:
+        """Take the epoch's step ``position``; what is not finite, loss or gradient, raises, and nothing has changed."""
         guard = Guard(self.network)
         sums, total = self.sums, 0.0
         self.optimizer.zero_grad()
-        for position, (x, y) in enumerate(batches, 1):
-            with alone(self.called) if position < count else nullcontext():
-                with autocast(x.device, PRECISIONS[precision]):
-                    logits = self.called(channels_last(x))
-                logits = logits.float()
-                loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
-                (loss / count).backward()
-            right = (logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
-            sums = sums + torch.stack([loss.detach() * len(y), right, right.new_tensor(len(y))])
-            total = total + loss.detach() / count
+        for number, (x, y) in enumerate(batches, 1):
+            with alone(self.called) if number < self.accumulate else nullcontext():
+                where = f"batch {position * self.accumulate + number} of epoch {len(self.history) + 1}"
+                outputs, loss = self.forward(channels_last(x), y, where)
+                (loss / self.accumulate).backward()
+            score = self.objective.score(outputs, y).to(self.device)
+            sums = sums + torch.stack([loss.detach().float() * len(x), score.float(), sums.new_tensor(len(x))])
+            total = total + loss.detach() / self.accumulate
         guard.check(total, self.trained, self.optimizer, self.step + 1)
         self.sums = sums
+        if self.clip is not None:  # not the gates, which follow a rule of their own
+            nn.utils.clip_grad_norm_(self.trained.parameters(), self.clip)
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.trained)
         if self.pruned is not None:
-            before = self.trained
-            self.pruned.step(self.optimizer)
-            if self.trained is not before:  # made smaller, in every process at the same step
-                self.called = together(self.network, x.device)
-            if self.pruned.frozen and self.frozen_at is None:
-                self.frozen_at = self.step
+            self.prune()
+
+    def forward(self, x: Tensor, y: Any, where: str) -> tuple[Any, Tensor]:
+        """Return the network's outputs, in full precision, and the loss; ``where`` names the batch in errors."""
+        objective, lesson = self.objective, None
+        with autocast(self.device, PRECISIONS[self.precision]):
+            outputs = self.called(x)
+            if objective.teacher is not None:
+                lesson = in_full_precision(taught(objective.teacher, x))
+        outputs = in_full_precision(outputs)
+        return outputs, objective.trained_on(outputs, y, lesson, where)
+
+    def prune(self) -> None:
+        """Have gates moved, or what else is due, and follow if the network has become smaller by it."""
+        before, frozen = self.trained, self.pruned.frozen
+        self.pruned.step(self.optimizer)
+        if self.trained is not before:  # made smaller, in every process at the same step
+            self.called = together(self.network, self.device)
+        if self.average is not None and self.pruned.frozen and not frozen:
+            if isinstance(self.pruned, Tailor):  # whose gates had closed: the average of what stays goes on
+                self.average.cut(self.channels, self.open_units)
+            else:  # which cuts what was open, and may draw new weights
+                self.average.restart(self.trained)
+        if self.pruned.frozen and self.frozen_at is None:
+            self.frozen_at = self.step
+
+    def share(self) -> None:
+        """Give every process the first one's running statistics, and their average."""
+        share(self.network.buffers())
+        if self.average is not None:
+            share(self.average.values.values())
+
+    def validate(self, val: Any) -> dict[str, float]:
+        """Return loss and accuracy of the network, or of its average, on ``val``; nothing if that is None."""
+        if val is None:
+            return {}
+        with nullcontext() if self.average is None else self.average.within(self.trained):
+            return validated(self.network, val, self.precision, self.device, self.objective)
 
     @property
     def open_units(self) -> Tensor:
@@ -150,6 +228,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "pruned": None if self.pruned is None else self.pruned.progress(),
+            "average": None if self.average is None else self.average.state(),
         }
 
     def restore(self, state: Mapping) -> None:
@@ -159,22 +238,28 @@ class Run:
         self.schedule.load_state_dict(state["schedule"])
         for name in _STATE:
             setattr(self, name, state[name])
-        self.sums = state["sums"][rank_and_world()[0]].to(next(self.trained.parameters()).device)
+        self.sums = state["sums"][rank_and_world()[0]].to(self.device)
+        self.random = state["random"]
+        if self.average is not None:
+            self.average.restart(self.trained)  # of the size that it has by now
+            self.average.restore(state["average"])
 
-    def result(self, steps_per_epoch: int) -> FitResult:
+    def result(self) -> FitResult:
         """Return what the run leaves, at its end."""
         widths = pd.DataFrame({"layer": self.channels.widths().keys(), "dense": self.channels.widths().values()})
-        history = pd.DataFrame(self.history)
-        if self.pruned is None:
-            widths["tailored"] = widths["dense"]
-            return FitResult(self.model, history, pd.DataFrame(), widths)
-        small = self.pruned.finish(self.optimizer)
-        report = self.pruned.report()
-        widths["tailored"] = widths["layer"].map(report["widths"])
-        trajectory = pd.DataFrame(self.pruned.trajectory)
-        if len(trajectory):
-            trajectory.insert(1, "epoch", trajectory["step"] / steps_per_epoch)
-        return FitResult(small, history, trajectory, widths, report, self.frozen_at)
+        found = FitResult(self.model, pd.DataFrame(self.history), pd.DataFrame(), widths)
+        widths["tailored"] = widths["dense"]
+        if self.pruned is not None:
+            found.model, found.report = self.pruned.finish(self.optimizer), self.pruned.report()
+            found.frozen_at_step = self.frozen_at
+            widths["tailored"] = widths["layer"].map(found.report["widths"])
+            found.trajectory = pd.DataFrame(self.pruned.trajectory)
+            if len(found.trajectory):
+                found.trajectory.insert(1, "epoch", found.trajectory["step"] / self.length)
+        if self.average is not None:
+            self.average.exchange(found.model)
+            found.last = self.average.values
+        return found
 
 
 _STATE = ("recipe", "step", "history", "frozen_at", "seconds", "epoch_random")
@@ -206,8 +291,3 @@ def resumable(checkpoints: str | Path | None, recipe: dict) -> dict | None:
             f"them to start anew, or choose another folder."
         )
     return saved
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None):
-    """Return the context of a forward pass: autocast to ``dtype``, or nothing if it is None."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

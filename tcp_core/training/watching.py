@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..channels import Channels
-from .frames import HISTORY
+from .frames import HISTORY, printed
 from .plots import COLORS, finished, style
 from .processes import rank_and_world
 
@@ -148,15 +148,6 @@ class Watch:
             if math.isfinite(value):
                 self._writer.add_scalar(name, value, epoch)
         self._writer.flush()  # a run that is killed keeps its epochs
-
-
-def printed(row: Mapping, dense: Mapping[str, int], epochs: int) -> str:
-    """Return the line that stands for an epoch; costs are in percent of the dense network's."""
-    return (
-        f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.3f}  loss {row['train_loss']:.3f}  "
-        f"train {row['train_accuracy']:.2%}  val {row['val_accuracy']:.2%}  macs {row['macs'] / dense['macs']:.2%}  "
-        f"params {row['params'] / dense['params']:.2%}  {row['seconds']:.1f} s"
-    )
 
 
 def scalars(row: Mapping, dense: Mapping[str, int]) -> dict[str, float]:

@@ -1,0 +1,95 @@
+"""How good a network is on held-out images, and the precision in which networks are run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..datasets.images import Images
+from ..state import keeping_modes
+from .batches import by_epoch, channels_last
+from .objective import Objective, in_full_precision
+from .processes import rank_and_world, summed
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    images: Images | Iterable,
+    *,
+    batch_size: int = 512,
+    precision: str = "fp32",
+    device: torch.device | str | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    metric: Callable[[Any, Any], Tensor | float] | None = None,
+) -> dict[str, float]:
+    """Return ``{"loss", "accuracy"}`` of ``model`` in eval mode, both means over ``images``.
+
+    By default mean cross-entropy and the fraction right. With ``loss`` and ``metric``, functions of (outputs, targets)
+    as in :func:`tcp_core.fit`, the means of what these give; the accuracy is NaN where outputs are not logits.
+
+    Raises:
+        ValueError: for another precision, no images, or a label that the network has no output for.
+    """
+    check_precision(precision)
+    return means(sums(model, images, batch_size, precision, device_of(model, device), Objective(loss, metric)))
+
+
+@torch.no_grad()
+def validated(
+    model: nn.Module, val: Images | Iterable, precision: str, device: torch.device, objective: Objective
+) -> dict[str, float]:
+    """Evaluate, each process on its own part of the images; on all of them where they cannot be divided."""
+    rank, world = rank_and_world()
+    if world == 1 or not hasattr(val, "part"):
+        return means(sums(model, val, 512, precision, device, objective))
+    own = sums(model, val.part(rank, world), 512, precision, device, objective)
+    return means(summed(torch.tensor(own, dtype=torch.float64, device=device)).tolist())
+
+
+def sums(model: nn.Module, images, batch_size: int, precision: str, device: torch.device, objective: Objective) -> list:
+    """Return the sums over images of loss and score, and the number of images."""
+    loss, score, seen = 0.0, 0.0, 0
+    with keeping_modes(model):
+        model.eval()
+        for number, (x, y) in enumerate(by_epoch(images, batch_size, "none", None, device)(0), 1):
+            with autocast(device, PRECISIONS[precision]):
+                outputs = model(channels_last(x))
+            outputs = in_full_precision(outputs)
+            loss += float(objective.held_out(outputs, y, f"held-out batch {number}")) * len(x)
+            score += float(objective.score(outputs, y))
+            seen += len(x)
+    return [loss, score, seen]
+
+
+def means(sums: list) -> dict[str, float]:
+    """Return mean loss and accuracy from what :func:`sums` gives; ValueError if there was no image."""
+    loss, score, seen = sums
+    if not seen:
+        raise ValueError("there are no images to evaluate on; give at least one batch.")
+    return {"loss": loss / seen, "accuracy": score / seen}
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    """Return the context of a forward pass: autocast to ``dtype``, or nothing if it is None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def check_precision(precision: str) -> None:
+    """Raise ValueError unless ``precision`` is one of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}; it must be one of {', '.join(PRECISIONS)}.")
+
+
+def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """Return ``device``, or where the model is if it is None."""
+    if device is not None:
+        return torch.device(device)
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
