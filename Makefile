@@ -43,7 +43,7 @@ report: $(INSTALLED) ## all tables and figures again from results/runs, into res
 	@mkdir -p build/notebooks
 	@$(call papermill,90_report) -p runs "$(abspath $(or $(RUNS),results/runs))" \
 		-p tables "$(CURDIR)/$(if $(RUNS),build/report,results)/tables" -p figures "$(CURDIR)/$(if $(RUNS),build/report/)figures" \
-		$(if $(RUNS),,-p page "$(CURDIR)/docs/results.md" -p readme "$(CURDIR)/README.md")
+		$(if $(RUNS),,-p page "$(CURDIR)/docs/results.md" -p readme "$(CURDIR)/README.md" -p goals True)
 	@$(if $(RUNS),,$(call papermill,40_controller) -p runs "$(abspath $(CONTROLLER))" -p network resnet20 -p figures "$(CURDIR)/figures")
 	@$(if $(RUNS),,$(BIN)/python -m tcp_core.study.method_plots --runs "$(CONTROLLER)" --figures figures)
 	@echo "Done. Tables: $(if $(RUNS),build/report,results)/tables/, figures: $(if $(RUNS),build/report/)figures/, to read: build/notebooks/90_report.ipynb"

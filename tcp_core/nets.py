@@ -4,6 +4,7 @@ Those for small images are written out here; those for ImageNet are torchvision'
 a network still runs once channels have been removed from it.
 """
 
+import difflib
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -15,15 +16,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import foreign
+
 
 def build(name: str, *, num_classes: int, in_channels: int = 3) -> nn.Module:
-    """The freshly initialised network of that name; `NETWORKS` lists the names.
+    """The freshly initialised network of that name.
 
-    Raises ValueError for an unknown name.
+    name: one of `NETWORKS`, or another's: "timm:NAME", "torchvision:NAME", or "package.module:function", which is
+        called with num_classes and in_channels and returns an nn.Module; see :mod:`tcp_core.foreign`.
+
+    Raises ValueError for an unknown name, ImportError where its package is not installed.
     """
+    if ":" in name:
+        return foreign.build(name, num_classes=num_classes, in_channels=in_channels)
     if name not in NETWORKS:
+        close = difflib.get_close_matches(name, NETWORKS, n=1)
         raise ValueError(
-            f"unknown network {name!r}; known are {', '.join(sorted(NETWORKS))}. "
+            f"unknown network {name!r}{f' (did you mean {close[0]}?)' if close else ''}; it must be one of "
+            f"{', '.join(sorted(NETWORKS))}, or {foreign.FORMS}. "
             "Any other torch.nn.Module can be passed directly instead of a name."
         )
     return NETWORKS[name](num_classes=num_classes, in_channels=in_channels)

@@ -113,6 +113,80 @@ def problems(path, **options):
     return caught.value.problems
 
 
+# Networks of others
+
+
+def test_networks_of_others_are_declared_by_name(project, tmp_path, monkeypatch):
+    (tmp_path / "own_nets.py").write_text("from tcp_core.nets import small_resnet as net\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    grid = "{network: ['own_nets:net', small_resnet, 'torchvision:squeezenet1_1'], macs: [0.5]}"
+    runs = read(project(declared(f"a: {{grid: {grid}}}")), budgets=False).runs
+    names = ("own_nets-net", "small_resnet", "torchvision-squeezenet1_1")
+    assert list(runs) == [f"a/{name}-macs0.5" for name in names]
+    assert runs["a/own_nets-net-macs0.5"].params["network"] == "own_nets:net"
+    monkeypatch.delitem(sys.modules, "own_nets", raising=False)
+
+
+def test_a_kernel_finds_what_its_parents_folder_has(project, tmp_path):
+    (tmp_path / "own_nets.py").write_text("from tcp_core.nets import small_resnet as net\n")
+    path = project(declared("a: {fixed: {network: 'own_nets:net'}, grid: {macs: [0.5]}}"))
+    notebook = nbformat.read(tmp_path / "notebooks" / "fake.ipynb", as_version=4)
+    notebook.cells[1].source = "import own_nets\n" + notebook.cells[1].source
+    nbformat.write(notebook, tmp_path / "notebooks" / "fake.ipynb")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    where = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    told = subprocess.run(command(path, "run", "a/macs0.5"), check=False, **where)
+    assert told.returncode == 0, told.stdout + told.stderr
+
+
+# How long it takes
+
+
+def left(declaration, cores=1):
+    return experiments.table(declaration, cores=cores).splitlines()[-1].split("  ")[-1]
+
+
+def taken(declaration, run, seconds):
+    clock = declaration.executed / f"{run.key}.seconds"
+    clock.parent.mkdir(parents=True, exist_ok=True)
+    clock.write_text(str(seconds))
+
+
+def test_the_time_left_is_that_of_the_clock(project):
+    """Runs train for 60 s, and take 300 s by the clock: in short runs most is kernel, tracing, images and figures."""
+    declaration = read(project(declared("a: {fixed: {macs: 0.5}, grid: {seed: [0, 1, 2, 3]}}")), budgets=False)
+    assert left(declaration) == "unknown until a run has ended"
+    first = declaration.runs["a/seed0"]
+    finished(first)
+    assert left(declaration) == "about 3 min"  # all that is known: 3 x 60 s
+    taken(declaration, first, 300.0)
+    assert left(declaration) == "about 15 min"
+    assert left(declaration, cores=3) == "about 5 min"
+
+
+def test_what_a_run_takes_beside_training_counts_for_other_lengths(project):
+    text = (
+        "a: {fixed: {macs: 0.5, epochs: 4}, grid: {seed: [0]}}, b: {fixed: {macs: 0.5, epochs: 8}, grid: {seed: [0]}}"
+    )
+    declaration = read(project(declared(text)), budgets=False)
+    finished(declaration.runs["a/seed0"])
+    taken(declaration, declaration.runs["a/seed0"], 300.0)
+    assert left(declaration) == "about 6 min"  # 8 epochs of 15 s, and 240 s beside
+
+
+def test_runs_with_threads_and_runs_that_wait_take_longer(project):
+    text = declared("a: {fixed: {macs: 0.5}, grid: {seed: [0, 1, 2]}}", fixed="{threads: 2}")
+    declaration = read(project(text), budgets=False)
+    finished(declaration.runs["a/seed0"])
+    assert left(declaration, cores=4) == "about 60 s"
+    assert left(declaration, cores=2) == left(declaration, cores=1) == "about 2 min"
+    text = "start: {grid: {method: dense}}, rest: {grid: {macs: [0.5], weights: 'run:start/dense'}}, "
+    declaration = read(project(declared(text + "other: {grid: {macs: [0.5]}}"), name="waiting"), budgets=False)
+    finished(declaration.runs["other/macs0.5"])
+    assert left(declaration, cores=8) == "about 2 min"
+
+
 # What a declaration stands for
 
 
@@ -210,8 +284,13 @@ def declared(experiments="a: {grid: {macs: [0.5]}}", **changed):
         (declared(fixed="{weights: published}"), ["weights: there are none published for small_resnet"]),
         (
             declared(fixed="{network: resnet2}"),
-            ["network: 'resnet2' given; it must be one of densenet40_12, googlenet"],
+            ["network: 'resnet2' given; it must be one of densenet40_12, googlenet", 'or "timm:NAME", "torchvision:'],
         ),
+        (
+            declared(fixed="{network: 'no_such_package:net'}"),
+            ["network: 'no_such_package:net' given", "there is no no_such_package: install it"],
+        ),
+        (declared(fixed="{network: 'torchvision:resnet19'}"), ["torchvision has no classifier 'resnet19'"]),
         (declared("a: {grid: {method: [tailord]}}"), ["it must be one of tailored, dense, ", "did you mean tailored?"]),
         (declared("a: {grid: {macs: [1.5]}}"), ["experiments.a.grid.macs: 1.5 given; it must be in [0, 1]"]),
         (declared("a: {grid: {macs: [-0.5]}}"), ["-0.5 given"]),

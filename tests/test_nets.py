@@ -1,3 +1,4 @@
+import importlib.util
 import pickle
 import urllib.request
 
@@ -176,7 +177,7 @@ def test_small_resnet_learns_digits_in_seconds():
 
 
 def test_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'resnet21'; known are .*mobilenet_v2.*resnet20"):
+    with pytest.raises(ValueError, match=r"'resnet21'.* one of .*mobilenet_v2.*resnet20"):
         nets.build("resnet21", num_classes=10)
 
 
@@ -306,3 +307,66 @@ def test_published_weights_are_torchvisions(tmp_path, monkeypatch):
 def test_weights_that_nobody_published_are_refused(name):
     with pytest.raises(ValueError, match=f"no published weights of '{name}', only of imagenet_mobilenet_v2, .*path"):
         nets.load_weights(nets.small_resnet(), "published", name=name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks of others
+
+
+def own_network(*, num_classes, in_channels):
+    return nn.Sequential(nn.Conv2d(in_channels, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, num_classes))
+
+
+def no_network(*, num_classes, in_channels):
+    return "a network"
+
+
+def without_channels(num_classes):
+    return nn.Linear(1, num_classes)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("timm:resnet10t", 32), ("torchvision:squeezenet1_1", 32), (f"{__name__}:own_network", 8)]
+)
+@pytest.mark.parametrize("in_channels", [1, 3])
+def test_networks_of_others_are_built_by_name(name, size, in_channels):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    model = nets.build(name, num_classes=7, in_channels=in_channels)
+    x = torch.randn(2, in_channels, size, size)
+    assert model.eval()(x).shape == (2, 7)
+    assert trace(model, x).prunable.any()
+
+
+def test_auxiliary_heads_are_left_out():
+    model = nets.build("torchvision:googlenet", num_classes=5)
+    assert model.train()(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("resnet_20", ValueError, r"unknown network 'resnet_20' \(did you mean resnet20\?\); .*or \"timm:NAME\""),
+        ("torchvision:resnet19", ValueError, r"no classifier 'resnet19' \(did you mean resnet1"),
+        ("timm:", ValueError, r"'timm:' is no network's name; it must be \"timm:NAME\""),
+        ("no_such_package.nets:f", ImportError, r"names the module no_such_package.nets, and there is no no_such_pack"),
+        (f"{__name__}:own_netwrk", ValueError, r"has no function 'own_netwrk' \(did you mean own_network"),
+        (f"{__name__}:no_network", TypeError, r"returned str; it must return a torch\.nn\.Module"),
+        (f"{__name__}:without_channels", ValueError, r"is called with num_classes=\.\.\. and in_channels=.*does not"),
+    ],
+)
+def test_names_of_no_network(name, error, message):
+    with pytest.raises(error, match=message):
+        nets.build(name, num_classes=7)
+
+
+def test_timm_is_optional(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"'timm:resnet18' needs the package timm.*pip install timm"):
+        nets.build("timm:resnet18", num_classes=7)
+
+
+def test_timm_names_are_checked():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"timm has no network 'resnet10'.*did you mean"):
+        nets.build("timm:resnet10", num_classes=7)

@@ -72,6 +72,21 @@ def job_resumed(rank, folder):
     return outcome(train(BATCH, folder / "checkpoints"))
 
 
+def job_options(rank, folder):
+    """An optimiser and schedule of one's own, clipping, an average and a teacher; stopped and resumed."""
+    options = {"make": with_norms, "ema": 0.9, "clip": 1.0, "teacher": with_norms(), "accumulate": 2, "lr": None}
+    options |= {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=2e-3), "epochs": 8}
+    options |= {"schedule": torch.optim.lr_scheduler.CosineAnnealingLR}
+    whole = train(BATCH // 2, **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(BATCH // 2, folder / "options", stop=2, **options)
+    dist.barrier()
+    resumed = train(BATCH // 2, folder / "options", **options)
+    for first, second in ((whole.model.state_dict(), resumed.model.state_dict()), (whole.last, resumed.last)):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+    return outcome(whole)
+
+
 def job_disagree(rank, folder):
     found = []
     others = {"lr": 0.1 + rank}, {"budget": {"macs": 0.4 + 0.1 * rank}}, {"make": partial(network, 12 + rank)}
@@ -199,6 +214,11 @@ def test_all_processes_refuse_a_step_that_one_would_spoil(tmp_path):
         assert here.startswith("the loss is 2.")
         assert "but the gradient of '0.weight' and 5 more is not finite" in here
     assert second[0][0].startswith("the loss is nan at step")
+
+
+def test_two_processes_take_all_options(tmp_path):
+    first, second = run(job_options, tmp_path)
+    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
 
 
 def test_processes_that_disagree_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The report: tables by hand, same bytes each time, and nothing compared that does not belong together."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import matplotlib as mpl
@@ -356,6 +357,26 @@ def test_numbers_are_rounded_as_by_hand(value, digits, text):
     assert pages.number(value, digits) == text
 
 
+def test_runs_of_ones_own_have_no_goals(study, tmp_path):
+    """The goals are those of the committed study: of other runs, a report that names them would be wrong."""
+    differences = tables.differences(tables.accuracy(study))
+    own = pages.write(tables.summary(differences, goals=False), "summary", tmp_path / "own")
+    committed = pages.write(tables.summary(differences), "summary", tmp_path / "committed")
+    assert "goal" in committed
+    assert "goal" not in own
+    assert "goal" not in (tmp_path / "own" / "summary.csv").read_text()
+    rows = next(iter(study_plots.groups(differences[differences["rival"] != "dense"]).values()))
+    told = [study_plots.difference_figure(rows, goals=goals).get_supxlabel() for goals in (True, False)]
+    assert ["goal" in text for text in told] == [True, False]
+
+
+def test_only_the_committed_study_is_reported_with_goals():
+    for runs, given in ((None, True), ("somewhere", False)):
+        command = ["make", "--dry-run", "report", *([f"RUNS={runs}"] if runs else [])]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert ("-p goals True" in said) == given
+
+
 def test_committed_tables_follow_from_committed_runs(tmp_path):
     """Whoever adds runs, or changes a table, must run `make report` and commit what it makes."""
     study = tables.study(ROOT / "results" / "runs", tables.run_defaults(RUN_NOTEBOOK))
@@ -370,7 +391,7 @@ def test_committed_tables_follow_from_committed_runs(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # of the kernel's and the client's own machinery
 def test_committed_figures_follow_from_committed_runs(tmp_path):
     places = {"tables": str(tmp_path / "tables"), "figures": str(tmp_path / "figures")}
-    execute("90_report", {"runs": str(ROOT / "results" / "runs"), **places})
+    execute("90_report", {"runs": str(ROOT / "results" / "runs"), "goals": True, **places})
     five = ROOT / "results" / "runs" / "cifar10-cpu" / "pretrained"
     execute("40_controller", {"runs": str(five), "network": "resnet20", "figures": places["figures"]})
     for name, figure in method_plots.figures(five).items():

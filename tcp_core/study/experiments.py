@@ -6,7 +6,6 @@ declarations themselves are read by `tcp_core.study.reading`.
 
 import argparse
 import fcntl
-import itertools
 import json
 import os
 import re
@@ -20,18 +19,21 @@ from pathlib import Path
 from typing import TextIO
 
 import papermill
+import psutil
 from jupyter_client import AsyncKernelManager
 
 from . import estimate
 from .declaration import LOCK, Declaration, DeclarationError, Run, path_of
 from .reading import read
+from .results import CHECKPOINTS
 
 
-def execute(declaration: Declaration, key: str, *, cores: int = 1) -> None:
+def execute(declaration: Declaration, key: str, *, cores: int = 1, before: float = 0.0) -> None:
     """Execute one run, unless it is done, and print a line when it starts and one when it ends.
 
     Only one process at a time executes a run: another one waits, and then finds it done. The executed notebook, and as
-    a log what it prints, go to `declaration.executed`. cores: how many runs go on at once, for the estimate.
+    a log what it prints, go to `declaration.executed`. For the estimate: `cores`, how many runs go on at once, and
+    `before`, seconds that this process took until now.
     Raises RuntimeError, with the place and the end of the log, if the notebook fails or leaves no finished run.
     """
     run = declaration.runs[key]
@@ -44,7 +46,7 @@ def execute(declaration: Declaration, key: str, *, cores: int = 1) -> None:
             print(f"skipped  {key}: {skipped}" if skipped else f"done     {key} (by another process)", flush=True)
             return
         print(f"start    {key}   log: {log}", flush=True)
-        started = time.perf_counter()
+        started, resumed = time.perf_counter(), (run.folder / CHECKPOINTS).exists()
         with log.open("w", encoding="utf-8") as stream:
             try:
                 papermill.execute_notebook(
@@ -61,9 +63,11 @@ def execute(declaration: Declaration, key: str, *, cores: int = 1) -> None:
         if fault:
             end = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8")).rstrip().splitlines()[-12:]
             raise RuntimeError(f"FAILED   {key}   log: {log}\n" + "\n".join(f"    {line}" for line in end))
+        took = before + time.perf_counter() - started
+        if not resumed:  # else it is the time of the rest alone
+            notebook.with_suffix(".seconds").write_text(f"{took:.1f}", encoding="utf-8")
         (run.folder / LOCK).unlink()  # whoever still waits for it finds the run done
-    took = _duration(time.perf_counter() - started)
-    print(f"done     {key} in {took}   {_progress(declaration, cores)}", flush=True)
+    print(f"done     {key} in {_duration(took)}   {_progress(declaration, cores)}", flush=True)
 
 
 @contextmanager
@@ -85,12 +89,17 @@ def _kernel_of(lock: int, log: TextIO) -> type[AsyncKernelManager]:
     A kernel outlives its killed parent by a second or more, in which it still writes; until then the run is not free.
     """
 
+    # networks of one's own are found there, as when a declaration is read; papermill goes to the notebook's folder
+    folder = os.getcwd()
+
     class Manager(AsyncKernelManager):
         def format_kernel_cmd(self, *arguments, **options) -> list[str]:
             return [sys.executable, *super().format_kernel_cmd(*arguments, **options)[1:]]
 
         async def start_kernel(self, **options) -> None:
-            await super().start_kernel(pass_fds=[lock], stderr=log, **options)
+            env = dict(options.pop("env", None) or os.environ)
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, env.get("PYTHONPATH")]))
+            await super().start_kernel(pass_fds=[lock], stderr=log, env=env, **options)
 
     return Manager
 
@@ -126,26 +135,43 @@ def _progress(declaration: Declaration, cores: int) -> str:
 
 
 def _time_left(declaration: Declaration, runs: Sequence[Run], cores: int) -> str:
-    """Estimate the time until `runs` are done: seconds an epoch of the same network's finished runs, else of all."""
-    rates: dict[str, list[float]] = {}
-    for run in declaration.runs.values():
-        if run.is_done():
-            seconds = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8")).get("seconds_train")
-            if seconds:
-                rates.setdefault(run.values.get("network"), []).append(seconds / run.values.get("epochs", 1))
+    """Estimate the time until `runs` are done, from the finished ones.
+
+    A run takes as long as those of the same network and epochs took by the clock; where there is none, the seconds of
+    training an epoch of the same network, else of any, and what runs take beside training: to start Python and the
+    notebook, to read images and trace, to validate and test, to draw. In short runs that is most of it.
+    """
     todo = [run for key, run in declaration.todo().items() if run in runs]
+    finished = [run for run in declaration.runs.values() if run.is_done()]
+    times = [(run, *_seconds(declaration, run)) for run in finished]
+    times = [entry for entry in times if entry[1]]
     if not todo:
         return "-"
-    if not rates:
+    if not times:
         return "unknown until a run has ended"
-    every = list(itertools.chain(*rates.values()))
-    seconds = [
-        statistics.median(rates.get(run.values.get("network"), every))
-        * run.values.get("epochs", 1)
-        * (0.5 if run.is_running() else 1)  # half way, for want of better knowledge
-        for run in todo
-    ]
-    return f"about {_duration(max(sum(seconds) / cores, max(seconds)))}"
+    seconds = {}
+    for run in todo:
+        network, epochs = (run.values.get(name) for name in ("network", "epochs"))
+        same = [entry for entry in times if entry[0].values.get("network") == network] or times
+        alike = [wall for other, _, wall in same if wall and other.values.get("epochs") == epochs]
+        if same is times or not alike:
+            rate = statistics.median(training / other.values.get("epochs", 1) for other, training, _ in same)
+            beside = [wall - training for _, training, wall in times if wall]
+            alike = [rate * run.values.get("epochs", 1) + (statistics.median(beside) if beside else 0)]
+        # half way, for want of better knowledge
+        seconds[run.key] = statistics.median(alike) * (0.5 if run.is_running() else 1)
+    # a run waits for the one it starts from, and one with several threads takes the place of as many
+    chains = [seconds[run.key] + seconds.get(run.needs, 0) for run in todo]
+    threads = (min(run.values.get("threads") or 1, cores) for run in todo)
+    together = sum(seconds[run.key] * count for run, count in zip(todo, threads, strict=True)) / cores
+    return f"about {_duration(max(together, *chains))}"
+
+
+def _seconds(declaration: Declaration, run: Run) -> tuple[float | None, float | None]:
+    """Return how long a finished run trained, and how long it took by the clock, None where it is not known."""
+    training = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8")).get("seconds_train")
+    file = declaration.executed / f"{run.key}.seconds"
+    return training, float(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _duration(seconds: float) -> str:
@@ -199,7 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.command == "run":
             if given.key not in declaration.runs:
                 parser.error(f"no run {given.key!r} in {given.declaration}; `list` prints the keys")
-            execute(declaration, given.key, cores=given.cores)
+            before = time.time() - psutil.Process().create_time()
+            execute(declaration, given.key, cores=given.cores, before=before)
             return
         if given.command == "estimate":
             print(estimate.table(declaration))

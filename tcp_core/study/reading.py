@@ -17,7 +17,7 @@ import nbformat
 import torch
 import yaml
 
-from .. import nets
+from .. import foreign, nets
 from ..controller import Controller
 from ..datasets import images
 from ..tracing import trace
@@ -26,7 +26,6 @@ from . import comparators, places
 from .declaration import BUDGETS, NETWORK, PLACES, Declaration, DeclarationError, Run, path_of, project_of
 
 ALLOWED = {
-    "network": tuple(sorted(nets.NETWORKS)),
     "method": ("tailored", "dense", *comparators.METHODS),
     "precision": tuple(evaluation.PRECISIONS),
     "augment": images.AUGMENTATIONS,
@@ -187,6 +186,8 @@ class _Reader:
             allowed = f"of type {kind.__name__}"
             if kind is float and re.fullmatch(r"[\d.]+e-?\d+", str(value)):
                 allowed += "; YAML takes 5e-4 for text, so write 5.0e-4 or 0.0005"
+        elif name == "network" and value not in nets.NETWORKS:
+            allowed = _network_fault(value)
         elif name in ALLOWED and value not in ALLOWED[name]:
             allowed = f"one of {', '.join(ALLOWED[name])}{_nearest(value, ALLOWED[name])}"
         elif name in RANGES and not RANGES[name][1](value):
@@ -323,7 +324,10 @@ class _Reader:
                         example = torch.zeros(2, shape[0], *((size, size) if size else shape[1:]))
                         traced[network, size] = trace(model, example)
                     Controller(traced[network, size], budget, steps=10**6)
-            except ValueError as error:  # a budget below the floor, images that the network is not made for, ...
+            except (
+                ValueError,
+                TypeError,
+            ) as error:  # a budget below the floor, images that the network is not made for, ...
                 self.say(run.key, str(error))
 
     def check_weights(self, weights: str | None, network: str, channels: int, classes: int) -> None:
@@ -345,6 +349,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _network_fault(name: str) -> str | None:
+    """Say what a network's name must be, None if it is one of somebody else's that is at hand."""
+    if ":" not in name:
+        known = sorted(nets.NETWORKS)
+        return f"one of {', '.join(known)}{_nearest(name, known)}; or {foreign.FORMS}"
+    try:
+        foreign.builder(name)
+    except (ValueError, ImportError) as error:
+        return f"a network that is at hand: {error}"
+    return None
+
+
 def _nearest(given, known) -> str:
     close = difflib.get_close_matches(str(given), list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
@@ -353,7 +369,7 @@ def _nearest(given, known) -> str:
 def _part(name: str, value) -> str:
     """Return a value's part of the key; a budget of 0 is none and has none."""
     if isinstance(value, str):
-        return value
+        return value.replace(":", "-")
     if isinstance(value, bool):
         return name if value else f"no-{name}"
     return "" if name in BUDGETS and not value else f"{name}{value:.10g}"

@@ -156,8 +156,11 @@ def _by_budget(table, column, label, title):
         return _titled(fig, title, f"{_where(table)}; {_bars(table)}")
 
 
-def difference_figure(pairs: pd.DataFrame) -> Figure:
-    """Draw ours minus each comparator with its standard error, budget by budget, for one group of `differences`."""
+def difference_figure(pairs: pd.DataFrame, *, goals: bool = True) -> Figure:
+    """Draw ours minus each comparator with its standard error, budget by budget, for one group of `differences`.
+
+    goals: whether to draw the goal that the committed study set itself.
+    """
     pairs = pairs[pairs["rival"] != "dense"]
     budgets = list(dict.fromkeys(pairs["budget"]))
     several = pairs.groupby("rival")["options_rival"].transform("nunique") > 1  # then options tell them apart
@@ -170,7 +173,8 @@ def difference_figure(pairs: pd.DataFrame) -> Figure:
         fig, panels = plt.subplots(1, len(budgets), figsize=size, sharex=True, sharey=True, squeeze=False)
         for axes, budget in zip(panels[0], budgets, strict=True):
             axes.axvline(0, color=COLORS["text"], linewidth=1)
-            axes.axvline(GOAL, color=OURS, linestyle=DOTS, linewidth=1.2)
+            if goals:
+                axes.axvline(GOAL, color=OURS, linestyle=DOTS, linewidth=1.2)
             here = pairs["budget"] == budget
             for row, name in zip(pairs[here].to_dict("records"), np.array(names)[here], strict=True):
                 at, gain, bar = rows.index(name), row["difference"], np.nan_to_num(row["se"])
@@ -191,8 +195,9 @@ def difference_figure(pairs: pd.DataFrame) -> Figure:
         low = min(0, pairs["difference"].min()) - 0.12 * reach
         axes.set(xlim=(max(low, -1.12 * reach), 1.12 * reach), ylim=(len(rows) - 0.4, -0.6))
         axes.set_yticks(range(len(rows)), rows)
+        dotted = "; dotted: goal" * goals
         fig.supxlabel(
-            "ours minus the comparator, points of test accuracy (bar: standard error; hollow: one seed; dotted: goal)",
+            f"ours minus the comparator, points of test accuracy (bar: standard error; hollow: one seed{dotted})",
             fontsize=9,
         )
         return _titled(fig, "Ours against each comparator: right of the line, ours is better", _where(pairs))
