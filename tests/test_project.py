@@ -17,13 +17,20 @@ ROOT = Path(__file__).resolve().parents[1]
 # The core, in reading order: each part, a file or a folder, imports only parts that stand before it. What surrounds the
 # core follows in the same manner: a package imports the core and the packages before it, never what comes after.
 CORE = (
-    *("cost", "memory", "channels", "gates", "outputs", "state", "verification", "removal", "tracing", "selection"),
+    *(
+        "cost",
+        "memory",
+        "explanation",
+        "channels",
+        "gates",
+        "outputs",
+        "state",
+        "verification",
+        "removal",
+        "tracing",
+        "selection",
+    ),
     *("controller", "tailor", "storage", "foreign", "nets"),
-    *("controller", "tailor", "storage", "nets"),
-=======
-    *("cost", "memory", "channels", "gates", "removal", "tracing", "selection", "controller", "tailor", "storage"),
-    *("foreign", "nets"),
->>>>>>> 77bc9b1 (Build networks of others by name, estimate by the clock, and keep our goals out of reports on other runs)
 )
 AROUND = ("deploy", "datasets", "training", "study")
 
