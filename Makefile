@@ -5,8 +5,8 @@ PYTHON ?= python3
 SHELL := /bin/bash
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# torch and torchvision as pinned in pyproject.toml, the one place where versions stand
-TORCH := $(shell grep -oE '"torch(vision)?==[^"]+"' pyproject.toml | tr -d '"')
+# torch and torchvision as in constraints.txt, where the exact versions stand
+TORCH := $(shell grep -E '^torch(vision)?==' constraints.txt)
 MEASURED ?= build/benchmarks
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 # of a declaration: runs at once, and what Snakemake is told (on a cluster: docs/experiments.md)
@@ -103,12 +103,12 @@ build/notebooks/%.ipynb: notebooks/%.ipynb $(INSTALLED) FORCE
 		$(call parameter,epochs,$(EPOCHS)) $< $(@:.ipynb=.part.ipynb)
 	@mv $(@:.ipynb=.part.ipynb) $@
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
 		"Python 3.11 or newer is needed, and '$(PYTHON)' is not. Name one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	@# some systems ship Python without ensurepip: then the system's pip puts pip into the environment
 	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --without-pip .venv && \
 		$(PYTHON) -m pip --python .venv/bin/python install pip; }
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install --editable '.[deploy,study,test]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[deploy,study,test]'
 	@touch $@

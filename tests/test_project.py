@@ -4,13 +4,16 @@ import ast
 import doctest
 import importlib
 import json
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,14 +100,79 @@ def test_every_kind_of_import_is_seen(line, package, parts):
     assert imported(ast.parse(line), package) == parts
 
 
-def test_conda_users_get_the_versions_of_pyproject():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+def required():
+    """Return what pyproject.toml asks for, by name: the library's own, and the extras'."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [Requirement(text) for texts in project["optional-dependencies"].values() for text in texts]
+    return [Requirement(text) for text in project["dependencies"]], extras
+
+
+def locked():
+    """Return the exact versions of constraints.txt by name."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    wanted = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    found = {requirement.name: re.fullmatch(r"==([\w.]+)", str(requirement.specifier))[1] for requirement in wanted}
+    assert len(found) == len(wanted)
+    return found
+
+
+def test_every_requirement_is_a_range_with_one_exact_version():
+    own, extras = required()
+    versions = locked()
+    assert {requirement.name for requirement in own + extras} == versions.keys()
+    for requirement in own + extras:
+        assert ">=" in str(requirement.specifier)
+        assert "==" not in str(requirement.specifier)
+        assert requirement.specifier.contains(versions[requirement.name]), requirement
+
+
+def test_make_and_conda_install_the_exact_versions():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
     (from_pip,) = (entry["pip"] for entry in environment if isinstance(entry, dict))
-    assert sorted(from_pip) == sorted([*wanted, "--editable ."])
+    assert from_pip == ["--constraint constraints.txt", "--editable .[deploy,study,test]"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert f"python={project['requires-python'].removeprefix('>=')}" in environment
-    assert all(re.fullmatch(r"[\w-]+==[\w.]+", requirement) for requirement in wanted)
+    command = ["make", "--dry-run", "--always-make", "lint"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    versions = locked()
+    assert f"pip install torch=={versions['torch']} torchvision=={versions['torchvision']}\n" in said
+    assert "pip install --constraint constraints.txt --editable '.[deploy,study,test]'\n" in said
+
+
+WITHOUT_EXTRAS = """
+import sys
+
+blocked = {blocked!r}
+sys.modules.update(dict.fromkeys(blocked))  # None: as if not installed
+import torch
+import tcp_core as tcp
+from tcp_core import nets
+from tcp_core.datasets import images, streams
+from tcp_core.training.watching import Watch
+
+x, y = torch.randn(320, 1, 8, 8), torch.arange(320) % 10
+model = nets.small_resnet(widths=(4, 8, 12))
+channels = tcp.trace(model, x[:2])
+batches = list(zip(x.split(20), y.split(20), strict=True))
+with Watch(channels, epochs=6) as watch:
+    result = tcp.fit(model, batches, batches[:2], budget={{"macs": 0.5}}, epochs=6, on_epoch=watch.on_epoch)
+tcp.save(result.model, sys.argv[1])
+tcp.load(nets.small_resnet(widths=(4, 8, 12)), sys.argv[1])
+print(len(result.history))
+"""
+MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "torch-pruning": "torch_pruning", "pytest-xdist": "xdist"}
+
+
+def test_the_library_needs_no_extra(tmp_path):
+    """`pip install .` brings all that the core, `fit` and `Watch` need; the rest is imported where it is used."""
+    own, extras = required()
+    names = {requirement.name for requirement in extras} - {requirement.name for requirement in own}
+    blocked = {MODULES.get(name, name) for name in names} | {"pytest"}
+    command = [sys.executable, "-c", WITHOUT_EXTRAS.format(blocked=blocked), str(tmp_path / "small.safetensors")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    said = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.splitlines()[-1] == "6"
 
 
 @pytest.mark.parametrize("name", ["cost", "tracing.codes"])

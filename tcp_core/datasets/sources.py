@@ -73,8 +73,12 @@ def digits(*, mean: Sequence[float] | None = None, std: Sequence[float] | None =
 
     Always the same stratified parts: 1,257 train, 180 val and 360 test images.
     """
-    from sklearn.datasets import load_digits
-
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the digits come with scikit-learn, which is not installed here: pip install scikit-learn", name=error.name
+        ) from error
     bunch = load_digits()
     pixels = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8))[:, None]
     labels = torch.from_numpy(bunch.target).long()

@@ -11,17 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ..channels import Channels
 from .frames import HISTORY, printed
-from .plots import COLORS, finished, style
 from .processes import rank_and_world
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _DRAWING_SHARE = 0.1  # of the time, about, that goes into drawing curves when epochs are short
 
@@ -162,6 +161,11 @@ def scalars(row: Mapping, dense: Mapping[str, int]) -> dict[str, float]:
 
 def curves(rows: Sequence[Mapping], dense: Mapping[str, int], epochs: int) -> Figure:
     """Draw accuracy, and the open units' cost with the strength, after each of ``rows``, of which there may be none."""
+    import matplotlib.pyplot as plt  # which a process that only prints rows need not have
+    from matplotlib.ticker import MaxNLocator
+
+    from .plots import COLORS, finished, style
+
     history = pd.DataFrame(rows, columns=HISTORY).astype(float)
     with style():
         fig, (accuracy, cost) = plt.subplots(1, 2, figsize=(9.6, 3.6))
