@@ -180,7 +180,7 @@ def fit(
     if saved:
         run.restore(saved)
         if first and verbose is not False:
-            print(f"resuming from step {run.step} of {steps}", flush=True)
+            _say(f"resuming from step {run.step} of {steps}")
     run.called = together(run.network, device)
     shown = first and (on_epoch is None and on_step is None if verbose is None else verbose)
     for epoch in range(len(run.history), epochs):
@@ -188,11 +188,18 @@ def fit(
         run.share()
         row = run.end_epoch(run.validate(val))
         if shown:
-            print(printed(row, channels.cost(), epochs, share=metric is None), flush=True)
+            _say(printed(row, channels.cost(), epochs, share=metric is None))
         if on_epoch is not None:
             on_epoch(row | {"widths": channels.widths(run.open_units)})
     plain_batch_norms(run.trained, classes)
     return run.result()
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError:  # whoever read it is gone; training is worth more
+        pass
 
 
 def _check(precision, epochs, accumulate, restart, clip, ema, teacher_weight, temperature, tailoring: Mapping) -> None:
