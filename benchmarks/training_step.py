@@ -68,14 +68,31 @@ def main() -> None:
 
 
 def open_as_in(channels: tcp.Channels, widths: pd.Series) -> torch.Tensor:
-    """Return open units, bool ``[units]``, with as many in each family as its layers' outputs had in a finished run."""
+    """Return open units, bool ``[units]``, with as many of each layer's outputs as a finished run left.
+
+    Where a layer's outputs are of several families, as in streams that grow by padding, all but one must be told by
+    other layers; what no layer tells stays open.
+    """
     open_units = torch.ones(channels.units, dtype=torch.bool)
-    out_units = {layer.name: layer.out_units for layer in channels.layers}
-    for family in channels.families:
-        for name in family.layers:
-            inside = out_units[name][torch.isin(out_units[name], family.units)]
-            if len(inside) == len(out_units[name]):  # the family is all of this layer's width
-                open_units[inside[int(widths[name]) :]] = False
+    family_of = torch.full((channels.units,), -1)
+    for index, family in enumerate(channels.families):
+        family_of[family.units] = index
+    known: set[int] = set()
+    progress = True
+    while progress:
+        progress = False
+        for layer in channels.layers:
+            units = layer.out_units[layer.out_units >= 0]
+            unknown = set(family_of[units].tolist()) - known
+            if len(unknown) != 1:
+                continue
+            (index,) = unknown
+            others = int(open_units[units[family_of[units] != index]].sum()) + len(layer.out_units) - len(units)
+            own = channels.families[index].units
+            if int((family_of[units] == index).sum()) == len(own):
+                open_units[own[int(widths[layer.name]) - others :]] = False
+                known.add(index)
+                progress = True
     return open_units
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import onnx
 import onnxruntime
@@ -20,6 +21,7 @@ import tcp_core as tcp
 from tcp_core import ExportError, Tailor, export, nets, remove, trace
 from tcp_core.deploy import exporting
 
+ROOT = Path(exporting.__file__).parents[2]
 SEARCHED = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
@@ -73,6 +75,12 @@ def check(model, path, shape, batches=(1, 5)):
     assert export(model, path, torch.randn(2, *shape)) == path
     for batch in batches:
         assert_same(path, model, torch.randn(batch, *shape))
+
+
+def test_no_place_of_this_machine_is_written(tmp_path):
+    path = export(small(), tmp_path / "small.onnx", torch.randn(1, 1, 8, 8))
+    assert str(ROOT).encode() not in path.read_bytes()
+    assert b".py" not in path.read_bytes()
 
 
 def operators(path):
@@ -410,7 +418,7 @@ def test_folders_are_made(tmp_path):
 def test_missing_packages_are_named(package, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
-    with pytest.raises(ImportError, match=rf"needs {package}, not installed here; pip install 'tcp-core\[deploy\]'"):
+    with pytest.raises(ImportError, match=rf"need {package}, not installed here; pip install 'tcp-core\[deploy\]'"):
         export(nn.Linear(2, 3), tmp_path / "a.onnx", torch.randn(1, 2))
     assert not list(tmp_path.iterdir())
 

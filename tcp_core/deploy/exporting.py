@@ -87,9 +87,14 @@ def _check_format(path: Path) -> None:
             f"{str(path)!r} ends in {path.suffix or 'nothing'!r}; it must end in .onnx (for onnxruntime, TensorRT, "
             f"OpenVINO and others) or .pt2 (torch.export's archive). For weights alone there is tcp_core.save."
         )
-    if missing := [name for name in NEEDED[path.suffix] if importlib.util.find_spec(name) is None]:
+    require(*NEEDED[path.suffix])
+
+
+def require(*names: str) -> None:
+    """Raise ImportError, and say what to do, unless the packages of these names are installed."""
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise ImportError(
-            f"a {path.suffix} file needs {' and '.join(missing)}, not installed here; pip install 'tcp-core[deploy]'."
+            f"ONNX files need {' and '.join(missing)}, not installed here; pip install 'tcp-core[deploy]'."
         )
 
 
@@ -173,7 +178,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Callable[.
     names = ["output"] if outputs == 1 else [f"output_{index}" for index in range(outputs)]
     try:
         written = torch.onnx.export(program, (), dynamo=True, output_names=names, verbose=False)
-        content = _with_batch_named(written.model_proto, program).SerializeToString()
+        content = _tidied(written.model_proto, program).SerializeToString()
     except Exception as error:
         raise ExportError(f"torch.onnx cannot write this network: {_first_lines(error)}") from error
     path.write_bytes(content)
@@ -195,9 +200,13 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Callable[.
     return call
 
 
-def _with_batch_named(written: Any, program: torch.export.ExportedProgram) -> Any:
-    """Return the ONNX model with torch's name of the batch's size, such as s77, replaced by one for readers."""
+def _tidied(written: Any, program: torch.export.ExportedProgram) -> Any:
+    """Return the ONNX model without lines of source code and their places on this machine, and with the batch's size
+    called that, not s77 or another of torch's symbols.
+    """
     graph = written.graph
+    for entry in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer, graph):
+        del entry.metadata_props[:]
     for symbol in map(str, program.range_constraints):
         for value in (*graph.input, *graph.output, *graph.value_info):
             for dim in value.type.tensor_type.shape.dim:

@@ -1,0 +1,140 @@
+"""ONNX files in onnxruntime on the CPU: calls, accuracy, eight-bit integers."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .exporting import ExportError, require
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+def session(path: str | Path, *, threads: int = 1, profile: str | Path | None = None) -> onnxruntime.InferenceSession:
+    """Return the network at ``path``, an ``.onnx`` file, ready to be run by that many threads.
+
+    ``profile`` is what the name of the file with the time of each operator begins with, where one is wanted.
+    """
+    require("onnxruntime")
+    import onnxruntime
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; give the path that export() returned.")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def call(path: str | Path, x: Tensor, *, threads: int = 1) -> Callable[[], list[np.ndarray]]:
+    """Return a call without arguments that runs the network at ``path`` on ``x``, to be timed."""
+    ready = session(path, threads=threads)
+    (entry,) = ready.get_inputs()
+    feed = {entry.name: x.numpy()}
+    return lambda: ready.run(None, feed)
+
+
+def torch_call(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """Return a call without arguments that runs a copy of ``model`` on ``x`` in torch, eval mode, to be timed."""
+    model = copy.deepcopy(model).cpu().eval()
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return model(x)
+
+    return run
+
+
+def accuracy(path: str | Path, batches: Iterable[tuple[Tensor, Tensor]], *, threads: int = 1) -> float:
+    """Return the share of images whose largest output is at their label; ``batches`` are ``(images, labels)``."""
+    ready = session(path, threads=threads)
+    (entry,) = ready.get_inputs()
+    right = seen = 0
+    for x, y in batches:
+        logits = ready.run(None, {entry.name: x.numpy()})[0]
+        right += int((torch.from_numpy(logits).argmax(1) == y).sum())
+        seen += len(y)
+    if not seen:
+        raise ValueError("no images to measure the accuracy on; give at least one batch.")
+    return right / seen
+
+
+def quantise(path: str | Path, out: str | Path, images: Tensor, *, batch_size: int = 32) -> Path:
+    """Write the network at ``path`` with eight-bit weights and activations to ``out``, and return ``out``.
+
+    Onnxruntime's static quantisation: each weight has a scale per output channel, each activation the range that it
+    takes on ``images`` (``[count, ...]``, a hundred or so, prepared as those of training; never the test's). The file
+    has pairs of QuantizeLinear and DequantizeLinear, which runtimes turn into integer kernels. Outputs are *not* those
+    of the network at ``path``: measure the accuracy.
+
+    Raises:
+        ValueError: without images.
+        ExportError: if it cannot be quantised, or what comes out is not finite.
+    """
+    require("onnx", "onnxruntime")
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    path, out = Path(path), Path(out)
+    if not len(images):
+        raise ValueError("no images to calibrate on; give about a hundred of the training images.")
+    (entry,) = session(path).get_inputs()
+    feeds = iter([{entry.name: batch.numpy()} for batch in images.split(batch_size)])
+
+    class Reader(quantization.CalibrationDataReader):
+        """The images, batch by batch, as onnxruntime asks for them."""
+
+        def get_next(self) -> dict | None:
+            return next(feeds, None)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prepared, written = (out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
+    try:
+        with _quiet():
+            quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+            quantization.quantize_static(
+                str(prepared),
+                str(written),
+                Reader(),
+                quant_format=quantization.QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+            )
+        outputs = session(written).run(None, {entry.name: images[:batch_size].numpy()})
+        if not all(np.isfinite(array).all() for array in outputs):
+            raise ExportError(f"{path.name} with eight bits gives outputs that are not finite. Nothing was written.")
+        os.replace(written, out)
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(f"{path.name} cannot be quantised: {error}. Nothing was written.") from error
+    finally:
+        for temporary in (prepared, written):
+            temporary.unlink(missing_ok=True)
+    return out
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep onnxruntime's remarks on its own defaults off the notebook's page."""
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
