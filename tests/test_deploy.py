@@ -45,7 +45,7 @@ def test_times_are_milliseconds_and_speedups_ratios_of_rounds():
     times = timing.interleaved({"slow": lambda: time.sleep(0.02), ("quick", 1): lambda: time.sleep(0.005)}, rounds=5)
     assert list(times.columns) == ["slow", ("quick", 1)]
     found = timing.summary(times)
-    assert 20 <= found.loc["slow", "ms"] < 60
+    assert 20 <= found.loc["slow", "ms"] < 500
     assert (found["speedup"].iloc[0], found["speedup_q1"].iloc[0]) == (1, 1)
     table = timing.summary(pd.DataFrame({"dense": [4.0, 8.0, 40.0], "tailored": [2.0, 2.0, 20.0]}))
     assert table.loc["tailored"].to_dict() == {
@@ -56,7 +56,7 @@ def test_times_are_milliseconds_and_speedups_ratios_of_rounds():
 
 def test_processor_time_leaves_out_waiting():
     times = timing.interleaved({"waits": lambda: time.sleep(0.02)}, rounds=3, clock=time.process_time)
-    assert (times["waits"] < 10).all()
+    assert (times["waits"] < 20).all()
 
 
 @pytest.mark.parametrize(("calls", "rounds"), [({}, 3), ({"a": int}, 0)])

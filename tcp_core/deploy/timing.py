@@ -40,7 +40,7 @@ def summary(times: pd.DataFrame) -> pd.DataFrame:
     """Return one row a call: the median and the quartiles of its milliseconds, and how many times faster it is than the
     first column, as the median and the quartiles of the rounds' ratios.
     """
-    ratios = (1 / times).mul(times.iloc[:, 0], axis=0)
+    ratios = times.rdiv(times.iloc[:, 0], axis=0)
     parts = {"ms": times, "speedup": ratios}
     return pd.DataFrame(
         {
