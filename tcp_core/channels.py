@@ -87,6 +87,9 @@ class Channels:
         state: bytes of parameters and buffers, by item size.
         activations: which activations are alive when.
         example: one sample of the inputs the model was traced on, for verification.
+        also: the same of further calls that were traced.
+        unreached: parameters that no traced call reached.
+        unused: the patterns of modules said to be used by no call.
         ignored: the patterns of modules whose output channels must all stay.
     """
 
@@ -105,7 +108,10 @@ class Channels:
     state: CostModel
     activations: Activations
     example: tuple[tuple[Any, ...], dict[str, Any]]
+    also: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...] = ()
     ignored: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def cost(self, open_units: Tensor | None = None) -> dict[str, int]:
         """Return ``{"macs": int, "params": int}`` of the network that keeps only ``open_units`` (default: all)."""
@@ -220,7 +226,8 @@ class Channels:
         cost = self.cost()
         return (
             f"Channels({self.units:,} units in {len(self.families)} families, {int(self.prunable.sum()):,} prunable; "
-            f"{cost['macs']:,} macs, {cost['params']:,} params; unknown operators: {len(self.unknown)})"
+            f"{cost['macs']:,} macs, {cost['params']:,} params; unknown operators: {len(self.unknown)}"
+            + (f"; parameters never reached: {len(self.unreached)})" if self.unreached else ")")
         )
 
 

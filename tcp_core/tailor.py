@@ -30,6 +30,7 @@ class Tailor(Gated):
         budget: a :class:`Budget` or a dict such as ``{"macs": 0.5, "params": 0.6}``.
         steps: optimiser steps of the whole run.
         ignore: names or glob patterns of modules whose output channels must all stay.
+        also, unused: further calls and modules that no call reaches, see :func:`tcp_core.trace`.
         min_width: the fewest units that stay in each family.
         channels: the model's trace, if it has been made already.
         options: further options of :class:`Controller` (``multiple``, ``phase``, ``lookahead``, ``ramp``).
@@ -55,20 +56,19 @@ class Tailor(Gated):
         budget: Budget | Mapping,
         steps: int,
         ignore: Iterable[str] | str = (),
+        also: Iterable[Any] = (),
+        unused: Iterable[str] | str = (),
         min_width: int = 1,
         channels: Channels | None = None,
         **options: Any,
     ) -> None:
         _check_trainable(model)
         budget = Budget.of(budget)
-        ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+        also = tuple(also)
         if channels is None:
-            channels = trace(model, example_input, ignore=ignore)
-        elif ignore and ignore != channels.ignored:
-            raise ValueError(
-                f"ignore={list(ignore)} came with channels=, a trace made with ignore={list(channels.ignored)}; give "
-                f"ignore to trace() instead."
-            )
+            channels = trace(model, example_input, ignore=ignore, also=also, unused=unused)
+        else:
+            _check_trace(channels, ignore, also, unused)
         check_same_model(model, channels)
         super().__init__(model, channels)
         self.channels = channels
@@ -217,7 +217,32 @@ class Report(dict):
         return "\n".join(rows)
 
 
+def _check_trace(channels: Channels, ignore: Iterable[str] | str, also: tuple, unused: Iterable[str] | str) -> None:
+    """Refuse what a trace that is there already was not made with."""
+    for option, given, traced in (("ignore", ignore, channels.ignored), ("unused", unused, channels.unused)):
+        given = (given,) if isinstance(given, str) else tuple(given)
+        if given and given != traced:
+            raise ValueError(
+                f"{option}={list(given)} came with channels=, a trace made with {option}={list(traced)}; give {option} "
+                f"to trace() instead."
+            )
+    if also and len(also) != len(channels.also):
+        raise ValueError(
+            f"{len(also)} inputs in also= came with channels=, a trace of {len(channels.also)} further calls; give "
+            f"also to trace() instead."
+        )
+
+
 def _warn_of_unknown(channels: Channels) -> None:
+    unreached = [cause.units for cause in channels.causes if cause.kind == "unreached"]
+    if unreached and any(channels.held(torch.cat(unreached)).values()):
+        names = ", ".join(channels.unreached[:4]) + (", ..." if len(channels.unreached) > 4 else "")
+        warnings.warn(
+            f"{len(channels.unreached)} parameter(s) are reached by no traced call, in train or eval mode: {names}. "
+            f"{len(torch.cat(unreached).unique()):,} units stay, for they have a size that such a branch could take. "
+            f"Trace the call that reaches them (also=[its inputs]), or name modules that nothing uses (unused=[...]).",
+            stacklevel=3,
+        )
     causes = [cause for cause in channels.causes if cause.kind in NOT_UNDERSTOOD]
     if causes and (share := channels.held(torch.cat([cause.units for cause in causes]))["macs"]) > NOTABLE:
         warnings.warn(

@@ -40,7 +40,11 @@ def compare(model: nn.Module, small: nn.Module, channels: Channels, open_units: 
 def run_both(model: nn.Module, small: nn.Module, channels: Channels, open_units: Tensor) -> None:
     """Compare as :func:`compare` does, but leave behind what running the networks changes in them."""
     gated = close(model, channels, open_units)
-    example = to_model(channels.example, model)
+    for example in (channels.example, *channels.also):
+        _run_both(model, gated, small, to_model(example, model))
+
+
+def _run_both(model: nn.Module, gated: nn.Module, small: nn.Module, example: tuple[tuple, dict]) -> None:
     expected, tolerance = run(gated, example)
     if not any(tensor.isfinite().any() for tensor in expected.values() if has_values(tensor)):
         raise RemovalError(

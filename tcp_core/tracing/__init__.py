@@ -11,6 +11,7 @@ import fnmatch
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from . import layers, movement
 from .arithmetic import is_pointwise, pointwise
 from .identities import Identities, Rule
 from .units import Units
+from .unreached import freeze_for_unreached
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("convolution", "_convolution"), layers.convolution),
@@ -62,11 +64,19 @@ def rule_of(func: Any, name: str) -> Rule:
     return pointwise if is_pointwise(func, bare) else Identities.unknown
 
 
-def trace(model: nn.Module, example_input: Any, *, ignore: Iterable[str] | str = ()) -> Channels:
+def trace(
+    model: nn.Module,
+    example_input: Any,
+    *,
+    ignore: Iterable[str] | str = (),
+    also: Iterable[Any] = (),
+    unused: Iterable[str] | str = (),
+) -> Channels:
     """Return which channels of ``model`` live and die together.
 
-    The model runs in train mode on two samples and in eval mode on one, and is left exactly as it was found: modes,
-    buffers, ``requires_grad``, hooks and the random state.
+    The model runs in train mode on two samples and in eval mode on one, and is left as it was found: parameters,
+    buffers, attributes and what is in them, modes, ``requires_grad``, hooks and random states. It runs without autocast
+    and with constants for random numbers.
 
     Args:
         model: any module whose forward takes tensors. Operators that are not understood freeze the units that enter
@@ -74,40 +84,55 @@ def trace(model: nn.Module, example_input: Any, *, ignore: Iterable[str] | str =
         example_input: a tensor with the batch in dimension 0, a tuple of positional inputs, or a dict of keyword
             inputs.
         ignore: names or glob patterns of modules whose output channels must all stay, for example ``["layer1.*",
-            "fc"]``.
+            "fc"]``. What leaves a container counts too.
+        also: inputs of further calls, each as ``example_input``, that take branches which ``example_input`` does not,
+            for example ``[{"x": images, "aux": True}]``. They are traced and verified too; costs are those of the
+            first.
+        unused: names or patterns of modules that no call reaches, such as a classifier that was left over. Parameters
+            that are reached by no traced call and not named here are listed in ``.unreached``, and whatever has the
+            size of what they take or give stays, for it may be what they will be fed.
 
     Raises:
-        ValueError: if the model raises on the example, the example is on another device, or a pattern matches no
-            module.
+        ValueError: if the model raises on an example, an example is on another device, a pattern matches no module, the
+            output has no values that could be compared, or a layer that no call reaches takes what nothing in the
+            network has.
     """
     example = _samples(model, example_input, 1)
     ignored = _matching_modules(model, [ignore] if isinstance(ignore, str) else list(ignore), "ignore")
+    left_over = _matching_modules(model, [unused] if isinstance(unused, str) else list(unused), "unused")
+    also = list(also)
     ids = Identities(model, rule_of)
     ids.watched = {module: [] for modules in ignored.values() for module in modules}
     with left_as_found(model), full_precision():
         ids.run("train", *_samples(model, example_input, 2))  # batch norm wants two values a channel
-        ids.run("eval", *example)  # counts macs: of one sample, also where work does not grow with the batch
+        for other in also:
+            ids.run("train", *_samples(model, other, 2))
+            ids.run("eval", *_samples(model, other, 1))
+        # Costs are of one sample, also where work does not grow with the batch.
+        ids.run("eval", *example, count=True)
         _check_ran(ids, ignored)
+        unreached = freeze_for_unreached(ids, set().union(*left_over.values()))
         # Tried out in the state that these runs left: what a forward pass has kept must fit the smaller network too.
-        return _tried(ids, ignored, example)
+        examples = [example, *(_samples(model, other, 1) for other in also)]
+        return replace(_tried(ids, ignored, examples), unreached=unreached, unused=tuple(left_over))
 
 
-def _tried(ids: Identities, ignored: Patterns, example: tuple[tuple, dict]) -> Channels:
+def _tried(ids: Identities, ignored: Patterns, examples: Sequence[tuple[tuple, dict]]) -> Channels:
     """Return the channels, with frozen what turns out not to be removable."""
     for _ in range(3):
         units = Units(ids)
-        channels = units.channels(ignored, example)
+        channels = units.channels(ignored, examples)
         try:
             failed = _not_removable(ids.model, channels)
         except NotRepeatable:
             ids.freeze(torch.arange(ids.labels), CHANGING, "", "changing")
-            return Units(ids).channels(ignored, example)
+            return Units(ids).channels(ignored, examples)
         if not failed:
             return channels
         for family in failed:
             ids.freeze(units.labels(family.units), COMPUTED, ", ".join(family.layers[:3]), "computed")
     ids.freeze(torch.arange(ids.labels), COMPUTED, "", "computed")  # no single family is at fault: leave all of them
-    return Units(ids).channels(ignored, example)
+    return Units(ids).channels(ignored, examples)
 
 
 def _not_removable(model: nn.Module, channels: Channels) -> list[Family]:

@@ -75,6 +75,8 @@ class Identities(TorchDispatchMode):
         causes: (kind, what, where, labels that it froze), see :data:`~tcp_core.explanation.ADVICE`.
         attributes: names of plain tensors that modules keep.
         ran: modules that were called.
+        reached: ids of parameters that an operator took.
+        shapes, seen: the shapes of all tensors, and all codes.
         watched: modules of which the labels in their outputs are of interest, and these.
         dims: labels along a dimension of a parameter or buffer, 0 where it is fixed.
         entries: labels of every entry, for parameters that were used element by element.
@@ -100,6 +102,9 @@ class Identities(TorchDispatchMode):
         self.causes: list[tuple[str, str, str, Tensor]] = []
         self.watched: dict[nn.Module, list[Tensor]] = {}
         self.ran: set[nn.Module] = set()
+        self.reached: set[int] = set()
+        self.shapes: set[tuple[int, ...]] = set()
+        self.seen: list[Tensor] = []
         self.dims: dict[tuple[str, int], Tensor] = {}
         self.entries: dict[str, Tensor] = {}
         self.added: set[str] = set()
@@ -111,9 +116,9 @@ class Identities(TorchDispatchMode):
         self.constant_macs = 0
         self.pads: dict[str, tuple[int, Tensor, Tensor]] = {}
 
-    def run(self, mode: str, args: tuple, kwargs: dict) -> None:
-        """Run the model in ``mode`` ("train" or "eval"); only the eval run counts macs."""
-        self.counting = mode == "eval"
+    def run(self, mode: str, args: tuple, kwargs: dict, count: bool = False) -> None:
+        """Run the model in ``mode`` ("train" or "eval"), and ``count`` macs and bytes."""
+        self.counting = count
         self.codes = WeakTensorKeyDictionary()
         self.raw_outputs = WeakTensorKeyDictionary()  # a layer's output: (weight, dimension, gate)
         self.transposed = WeakTensorKeyDictionary()  # two-dimensional views of a parameter: (name, whether transposed)
@@ -122,6 +127,7 @@ class Identities(TorchDispatchMode):
         self.stack: list[nn.Module] = []
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self.liveness = Liveness(self.model, inputs) if self.counting else None
+        self.shapes |= {tuple(tensor.shape) for tensor in inputs}
         self.names = WeakTensorKeyDictionary()
         for name, tensor in (*self.model.named_buffers(), *self.model.named_parameters()):
             self.names[tensor] = name
@@ -180,14 +186,17 @@ class Identities(TorchDispatchMode):
         chance = torch.Tag.nondeterministic_seeded in func.tags
         out = steady(func, args, kwargs) if chance else func(*args, **kwargs)
         call = Call(func, func._schema.name.split("::")[-1], args, kwargs, out)
+        tensors, outputs = call.tensors, call.outputs
+        self.reached.update(id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter))
+        self.shapes.update(tuple(tensor.shape) for tensor in outputs)
         if call.name not in ("detach", "alias"):
             normalised = args[0] if "batch_norm" in call.name else None
-            for tensor in call.tensors:
+            for tensor in tensors:
                 if tensor is not normalised:
                     self.consume(tensor)
         self.rule_of(func, call.name)(self, call)
         if self.counting:
-            self.liveness.after((tensor, self.codes.get(tensor)) for tensor in call.outputs)
+            self.liveness.after((tensor, self.codes.get(tensor)) for tensor in outputs)
         return out
 
     # What rules read and write
@@ -227,7 +236,8 @@ class Identities(TorchDispatchMode):
         """Give a new activation its codes."""
         if codes is None or tensor in self.names:
             return
-        self.codes[tensor] = compact(codes)
+        self.codes[tensor] = codes = compact(codes)
+        self.seen.append(codes)
         if tensor.numel():
             self.storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(weakref.ref(tensor))
 

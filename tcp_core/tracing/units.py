@@ -53,7 +53,7 @@ class Units:
         """Return every label of these units."""
         return torch.isin(self.of(torch.arange(self.ids.labels)), units).nonzero().flatten()
 
-    def channels(self, ignored: Mapping[str, set[nn.Module]], example: tuple[tuple, dict]) -> Channels:
+    def channels(self, ignored: Mapping[str, set[nn.Module]], examples: Sequence[tuple[tuple, dict]]) -> Channels:
         """Return the units as the value that everything else works with."""
         ids = self.ids
         cost_model = self._cost_model()
@@ -82,7 +82,8 @@ class Units:
             cost_model=cost_model,
             state=self._state(),
             activations=self._activations(),
-            example=example,
+            example=examples[0],
+            also=tuple(examples[1:]),
             ignored=patterns,
         )
 

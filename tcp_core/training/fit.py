@@ -148,7 +148,8 @@ def fit(
         raise ValueError(f"{len(batches(0))} batches to train on; give at least {least}.")
     steps = epochs * length
     example = next(iter(batches(0)))[0][:2]
-    channels = trace(model, example, ignore=tailoring.get("ignore", ()))
+    tracing = {name: tailoring[name] for name in ("ignore", "also", "unused") if name in tailoring}
+    channels = trace(model, example, **tracing)
     teacher = teacher_of(teacher, device)
     objective = Objective(loss, metric, label_smoothing, teacher, teacher_weight, temperature)
     _check_outputs(model, example, objective, precision, train, val)
