@@ -52,6 +52,14 @@ def test_every_keyword_is_described():
         assert not missing, (function.__name__, missing)
 
 
+def test_options_that_would_be_ignored_are_refused(images):
+    with pytest.raises(TypeError, match=r"label_smoothing=0\.1 and loss= given: it is cross-entropy's"):
+        run(images, loss=F.cross_entropy, label_smoothing=0.1)
+    for options in ({"teacher_weight": 0.3}, {"temperature": 2.0}):
+        with pytest.raises(TypeError, match=r"need a teacher="):
+            run(images, **options)
+
+
 def test_options_of_another_object_are_refused(images):
     for name in ("workers", "num_workers"):
         with pytest.raises(TypeError, match=rf"{name}= given: images in memory need none, and a Stream or DataLoader"):

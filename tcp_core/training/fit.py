@@ -134,6 +134,7 @@ def fit(
         CheckpointError: if a checkpoint cannot be written, or the folder has those of another run.
     """
     _check(precision, epochs, accumulate, restart, clip, ema, teacher_weight, temperature, tailoring)
+    _check_objective(loss, label_smoothing, teacher, teacher_weight, temperature)
     mix = mixer(mixing, train)
     optimised, following = optimise(optimizer, lr, momentum, weight_decay), scheduled(schedule, warmup, restart)
     device = device_of(model, device)
@@ -222,6 +223,16 @@ def _check(precision, epochs, accumulate, restart, clip, ema, teacher_weight, te
             f"{name}= given: images in memory need none, and a Stream or DataLoader is built with its own: "
             f"Stream(..., workers=8), DataLoader(..., num_workers=8)."
         )
+
+
+def _check_objective(loss, label_smoothing, teacher, teacher_weight, temperature) -> None:
+    """Refuse what would be ignored."""
+    if loss is not None and label_smoothing:
+        raise TypeError(
+            f"label_smoothing={label_smoothing!r} and loss= given: it is cross-entropy's, put it into loss."
+        )
+    if teacher is None and (teacher_weight, temperature) != (0.5, 4.0):
+        raise TypeError(f"teacher_weight={teacher_weight!r}, temperature={temperature!r} need a teacher=.")
 
 
 @torch.no_grad()

@@ -130,4 +130,7 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, Iterable) and not isinstance(value, torch.Tensor):
         return [_plain(entry) for entry in value]
-    return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return type(value).__name__
