@@ -29,14 +29,18 @@ class Stop(Exception):
 class Batches:
     """Batches in an order drawn anew each epoch, as a DataLoader does; raises at one step if told to."""
 
-    def __init__(self, images, stop=None):
-        self.images, self.stop, self.drawn = images, stop, 0
+    def __init__(self, images, stop=None, size=BATCH):
+        self.images, self.stop, self.drawn, self.size = images, stop, 0, size
+
+    @classmethod
+    def of(cls, size):
+        return lambda images, stop: cls(images, stop, size)
 
     def __len__(self):
-        return len(self.images) // BATCH
+        return len(self.images) // self.size
 
     def __iter__(self):
-        for index in torch.randperm(len(self.images)).split(BATCH):
+        for index in torch.randperm(len(self.images)).split(self.size):
             if self.drawn == self.stop:
                 raise Stop
             self.drawn += 1
@@ -49,23 +53,26 @@ def images():
     return train.split(len(train) - 320)[0], val
 
 
-def network():
+def network(width=4):
     torch.manual_seed(0)
-    model = nets.small_resnet(widths=(4, 8, 12), blocks=1, num_classes=10, in_channels=1)
+    model = nets.small_resnet(widths=(width, 8, 12), blocks=1, num_classes=10, in_channels=1)
     model.linear = torch.nn.Sequential(torch.nn.Dropout(0.2), model.linear)  # draws at every step
     return model
 
 
-def run(images, folder=None, *, method="tailored", stop=None, every=7, **options):
+def run(
+    images, folder=None, *, method="tailored", stop=None, every=7, batches=Batches, make=network, pruning=(), **options
+):
     train, val = images
     budget = {"macs": 0.5}
     if method == "tailored":
         options["budget"] = budget
     elif method != "dense":
-        options["prune"] = comparators.pruner(method, budget, train=train, at=0.3, batches=3, batch_size=BATCH)
+        how = {"at": 0.3, "batches": 3, "batch_size": BATCH} | dict(pruning)
+        options["prune"] = comparators.pruner(method, budget, train=train, **how)
     torch.manual_seed(1)
     options |= {"checkpoints": folder, "checkpoint_every": every}
-    return fit(network(), Batches(train, stop), val, epochs=EPOCHS, **options)
+    return fit(make(), batches(train, stop), val, **{"epochs": EPOCHS} | options)
 
 
 def same(first, second):
@@ -251,12 +258,64 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(images, tmp_path):
         run(images, tmp_path / "file")
 
 
-@pytest.mark.parametrize("options", [{"lr": 0.2}, {"method": "dense"}])
-def test_checkpoints_of_another_run_are_refused(images, tmp_path, options):
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        ({}, {"lr": 0.2}, "lr: 0.1 then, 0.2 now"),
+        ({}, {"momentum": 0.8}, r"optimizer.groups.0.momentum: 0.9 then, 0.8 now"),
+        ({}, {"method": "dense"}, r"bounds.macs: \d+ then, absent now"),
+        ({}, {"phase": (0.1, 0.3)}, r"phase: \(0.02, 0.15\) then, \(0.1, 0.3\) now"),
+        ({}, {"multiple": 2}, "multiple: 1 then, 2 now"),
+        ({}, {"min_width": 2}, "min_width: 1 then, 2 now"),
+        ({}, {"lookahead": 0.3}, "lookahead: 0.2 then, 0.3 now"),
+        ({}, {"ramp": 0.5}, "ramp: 0.4 then, 0.5 now"),
+        ({}, {"ignore": "layer1.0.conv1"}, r"prunable: \d+ then, \d+ now; ignore: \(\) then, \('layer1\.0"),
+        ({}, {"method": "taylor"}, r"prune.*: .*Tailor.* then, .*now"),
+        ({"method": "taylor"}, {}, r"prune.*now"),
+        ({"method": "taylor"}, {"method": "slimming"}, r"prune.method: 'taylor' then, 'slimming' now"),
+        ({"method": "taylor"}, {"method": "taylor", "pruning": {"at": 0.5}}, "prune.at: 0.3 then, 0.5 now"),
+        ({"method": "random"}, {"method": "random", "pruning": {"seed": 3}}, "prune.seed: 0 then, 3 now"),
+        ({"method": "dense"}, {"method": "taylor"}, "bounds.macs: absent then"),
+        ({}, {"loss": torch.nn.CrossEntropyLoss(label_smoothing=0.1)}, "loss"),
+        (
+            {"loss": torch.nn.CrossEntropyLoss(label_smoothing=0.1)},
+            {"loss": torch.nn.CrossEntropyLoss(label_smoothing=0.2)},
+            "loss.sha256",
+        ),
+        ({"ema": 0.9}, {"ema": 0.99}, "ema: 0.9 then, 0.99 now"),
+        ({}, {"batches": Batches.of(10)}, "steps: 96 then, 192 now; batch_size: 20 then, 10 now"),
+        ({}, {"epochs": 7}, "epochs: 6 then, 7 now; steps: 96 then, 112 now"),
+        ({}, {"make": lambda: network(5)}, r"shapes.conv1.weight: \(4, 1, 3, 3\) then, \(5, 1, 3, 3\) now"),
+    ],
+)  # fmt: skip
+def test_another_run_is_refused_with_what_differs(images, tmp_path, then, now, said):
+    with pytest.raises(Stop):
+        run(images, tmp_path, stop=10, **then)
+    with pytest.raises(CheckpointError, match=rf"has checkpoints of another run: .*{said}.* delete them to start anew"):
+        run(images, tmp_path, **now)
+
+
+def test_batches_of_another_size_are_refused_also_with_as_many_steps(images, tmp_path):
+    """Images in memory are counted by the batch, and half of them in half the batch are as many steps."""
+    train, val = images
+    options = {"budget": {"macs": 0.5}, "epochs": EPOCHS, "checkpoints": tmp_path, "checkpoint_every": 5}
+
+    def stop(step, steps):
+        if step == 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(network(), train, val, batch_size=20, on_step=stop, **options)
+    half = train.split(160)[1]
+    with pytest.raises(CheckpointError, match="batch_size: 20 then, 10 now; images: 320 then, 160 now"):
+        fit(network(), half, val, batch_size=10, **options)
+
+
+def test_defaults_that_are_written_out_are_the_same_run(images, tmp_path):
+    whole = run(images)
     with pytest.raises(Stop):
         run(images, tmp_path, stop=20)
-    with pytest.raises(CheckpointError, match=r"checkpoints of another run: its (lr \(0.1\)|bounds).* Delete them"):
-        run(images, tmp_path, **options)
+    same(whole, run(images, tmp_path, phase=[0.02, 0.15], min_width=1, ignore=(), multiple=1))
 
 
 def test_removing_checkpoints_leaves_other_files(tmp_path):

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..channels import Channels
+from ..controller import Controller
 from ..cost import Budget
 from ..datasets.images import Images
 from ..state import keeping_modes
 from ..tailor import Tailor
 from ..tracing import trace
+from . import identity
 from .averaging import Average
 from .batches import by_epoch, channels_last, check_batch_size, mixer
 from .evaluation import PRECISIONS, autocast, check_precision, device_of
@@ -148,7 +150,8 @@ def fit(
         least = "one batch" if accumulate == 1 else f"{accumulate} batches, which make a step"
         raise ValueError(f"{len(batches(0))} batches to train on; give at least {least}.")
     steps = epochs * length
-    example = next(iter(batches(0)))[0][:2]
+    first_batch = next(iter(batches(0)))[0]
+    example = first_batch[:2]
     tracing = {name: tailoring[name] for name in ("ignore", "also", "unused") if name in tailoring}
     channels = trace(model, example, **tracing)
     teacher = teacher_of(teacher, device)
@@ -157,12 +160,17 @@ def fit(
     of_optimizer = described(optimised(model))
     pruned = _pruned(model, example, channels, steps, budget, prune, tailoring)
     # the network comes first: where it differs, so do its costs and bounds
-    recipe = {"shapes": {name: list(shape) for name, shape in channels.shapes.items()}}
-    recipe |= {"epochs": epochs, "steps": steps, "lr": of_optimizer["groups"][0].get("lr"), "optimizer": of_optimizer}
-    recipe |= {"warmup": warmup, "restart": restart, "schedule": getattr(schedule, "__qualname__", None)}
-    recipe |= {"clip": clip, "ema": ema, **objective.described(), "augment": augment}
+    recipe = {"shapes": channels.shapes, "model": type(model).__qualname__, **channels.cost()}
+    recipe |= {"epochs": epochs, "steps": steps, "batch_size": len(first_batch), "images": _images(train)}
+    recipe |= {"processes": rank_and_world()[1]}
+    recipe |= {"lr": of_optimizer["groups"][0].get("lr"), "optimizer": of_optimizer}
+    recipe |= {"warmup": warmup, "restart": restart, "schedule": schedule}
+    recipe |= {"clip": clip, "ema": ema, **objective.described(), "loss": loss, "metric": metric, "augment": augment}
     recipe |= {"mixing": mixing, "accumulate": accumulate, "sync_batch_norm": sync_batch_norm}
     recipe |= {"precision": precision, "seed": seed, "bounds": {} if pruned is None else pruned.report()["bounds"]}
+    recipe |= {"prune": Tailor if budget is not None else prune, "units": channels.units}
+    recipe |= {"prunable": int(channels.prunable.sum())} | ({} if budget is None else _options(tailoring))
+    recipe = identity.described(recipe)
     agree(recipe)
     saved = resumable(checkpoints, recipe)
     agree({"checkpoint": saved and saved["step"]})  # not if each machine has a folder of its own
@@ -176,7 +184,7 @@ def fit(
         **{"device": device, "length": length, "steps": steps, "objective": objective, "mix": mix},
         **{"accumulate": accumulate, "precision": precision, "clip": clip, "on_step": on_step},
         **{"average": None if ema is None else Average(trained, ema)},
-        **{"checkpoints": checkpoints, "checkpoint_every": checkpoint_every},
+        **{"checkpoints": checkpoints, "checkpoint_every": checkpoint_every, "given": {"train": train, "val": val}},
     )
     first = rank_and_world()[0] == 0
     if saved:
@@ -250,6 +258,24 @@ def _check_outputs(model: nn.Module, example: Tensor, objective: Objective, prec
     for part, images in (("train", train), ("val", val)):
         if objective.loss is None and hasattr(images, "labels"):
             check_labels(outputs, torch.as_tensor(images.labels), f"the images of {part}")
+
+
+def _images(train: Images | Iterable) -> int | None:
+    """Return how many images there are in all, None if that is not known."""
+    for images in (getattr(train, "labels", None), getattr(train, "dataset", None)):
+        if hasattr(images, "__len__"):
+            return len(images)
+    return None
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options that decide how a Tailor prunes, those that were not given as well."""
+    options = identity.defaults(Tailor, Controller, without=("channels", "device", "carry", "process_group")) | dict(
+        given
+    )
+    options.pop("also", None)  # further inputs, drawn anew each time; what they reach is in the count of units
+    options["ignore"] = [options["ignore"]] if isinstance(options["ignore"], str) else list(options["ignore"])
+    return options
 
 
 def _pruned(model, example, channels: Channels, steps: int, budget, prune, tailoring: dict) -> nn.Module | None:

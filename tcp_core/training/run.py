@@ -18,11 +18,13 @@ from ..channels import Channels
 from ..tailor import Report, Tailor
 from .averaging import Average
 from .batches import channels_last, to_their_end
-from .checkpoints import CheckpointError, newest, prepare, write
+from .checkpoints import CheckpointError, newest, plain, prepare, write
 from .evaluation import PRECISIONS, autocast, validated
 from .guard import Guard
+from .identity import differences
 from .objective import Objective, in_full_precision, taught
 from .processes import alone, gathered, rank_and_world, share, summed, together
+from .randomness import random_state, set_random_state, warn_of_workers
 
 
 @dataclass
@@ -58,7 +60,8 @@ class Run:
     ``pruned`` is what is called in the place of ``model``, None for the dense network; ``called`` is what is called in
     training; ``average`` is the moving average, or None. ``length`` is the steps of an epoch. ``sums`` (of loss, score
     and images) and ``seconds`` are of the epoch it is in, ``epoch_random`` is the state of every process's random
-    numbers at its start, and ``random`` that where a run was stopped that goes on here.
+    numbers at its start, and ``random`` that where a run was stopped that goes on here. ``given`` are the objects
+    (loaders) whose own random generators count, by name. ``writable``: a checkpoint can hold what the run has.
     """
 
     model: nn.Module
@@ -80,14 +83,16 @@ class Run:
     on_step: Callable[[int, int], Any] | None = None
     checkpoints: str | Path | None = None
     checkpoint_every: int = 0
+    given: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
     history: list[dict] = field(default_factory=list)
     frozen_at: int | None = None
     sums: Tensor | None = None
     seconds: float = 0.0
-    epoch_random: list[list[Tensor]] | None = None
-    random: list[list[Tensor]] | None = None
+    epoch_random: list[dict] | None = None
+    random: list[dict] | None = None
     called: nn.Module | None = None
+    writable: bool = False
 
     @property
     def network(self) -> nn.Module:
@@ -106,9 +111,9 @@ class Run:
         taken = self.step - number * self.length
         if not taken:
             self.sums, self.seconds = torch.zeros(3, device=self.device), 0.0
-            self.epoch_random = gathered(random_state(self.device))
+            self.epoch_random = gathered(self.random_state())
         elif taken < self.length:  # the same batches are drawn again
-            set_random_state(self.epoch_random[rank], self.device)
+            self.set_random_state(self.epoch_random[rank])
         self.network.train()
         given = to_their_end(batches(number) if taken < self.length else ())
         for position in range(self.length if taken < self.length else 0):
@@ -117,19 +122,30 @@ class Run:
                     next(given)
                 continue
             if position == taken > 0:
-                set_random_state(self.random[rank], self.device)
+                self.set_random_state(self.random[rank])
             self.train((self.mix(*next(given)) for _ in range(self.accumulate)), position)
+            if self.checkpoints is not None and not self.writable:
+                plain(self.state())  # found out at the first step, not at the first checkpoint
+                self.writable = True
             if self.on_step is not None:
                 self.on_step(self.step, self.steps)
             if self.checkpoints is not None and self.step % (self.checkpoint_every or self.length) == 0:
                 self.seconds += time.perf_counter() - started
-                state = self.state() | {"random": gathered(random_state(self.device))}
+                state = self.state() | {"random": gathered(self.random_state())}
                 if rank == 0:
                     write(self.checkpoints, self.step, state)
                 started = time.perf_counter()
         if taken == self.length:
-            set_random_state(self.random[rank], self.device)
+            self.set_random_state(self.random[rank])
         self.seconds += time.perf_counter() - started
+
+    def random_state(self) -> dict[str, Any]:
+        """Return where the random numbers of this process stand."""
+        return random_state(self.device, **self.given, network=self.trained)
+
+    def set_random_state(self, state: Mapping[str, Any]) -> None:
+        """Go on with the random numbers where :meth:`random_state` was called."""
+        set_random_state(state, self.device, **self.given, network=self.trained)
 
     def train(self, batches: Iterable[tuple[Tensor, Any]], position: int) -> None:
         """Take the epoch's step ``position``; what is not finite, loss or gradient, raises, and nothing has changed."""
@@ -240,6 +256,7 @@ class Run:
             setattr(self, name, state[name])
         self.sums = state["sums"][rank_and_world()[0]].to(self.device)
         self.random = state["random"]
+        warn_of_workers(**self.given)
         if self.average is not None:
             self.average.restart(self.trained)  # of the size that it has by now
             self.average.restore(state["average"])
@@ -265,29 +282,16 @@ class Run:
 _STATE = ("recipe", "step", "history", "frozen_at", "seconds", "epoch_random")
 
 
-def random_state(device: torch.device) -> list[Tensor]:
-    """Return the state of the random numbers, torch's own and the device's."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def set_random_state(state: list[Tensor], device: torch.device) -> None:
-    """Go on with the random numbers where :func:`random_state` was called."""
-    torch.set_rng_state(state[0])
-    for value in state[1:]:
-        torch.cuda.set_rng_state(value, device)
-
-
 def resumable(checkpoints: str | Path | None, recipe: dict) -> dict | None:
     """Return the newest checkpoint, which must be of this run."""
     if checkpoints is None:
         return None
     prepare(checkpoints)
     saved = newest(checkpoints)
-    if saved is not None and saved["recipe"] != recipe:
-        name = next(name for name in recipe if saved["recipe"].get(name) != recipe[name])
-        there, here = ("" if name == "shapes" else f" ({value[name]})" for value in (saved["recipe"], recipe))
+    if saved is not None and (differing := differences(saved.get("recipe", {}), recipe)):
+        more = f"; {len(differing) - 5} more differ" if len(differing) > 5 else ""
         raise CheckpointError(
-            f"{checkpoints} has checkpoints of another run: its {name}{there} differ from this one's{here}. Delete "
-            f"them to start anew, or choose another folder."
+            f"{checkpoints} has checkpoints of another run: {'; '.join(differing[:5])}{more}. Run it as it was begun "
+            f"to go on with it, delete them to start anew, or choose another folder."
         )
     return saved
