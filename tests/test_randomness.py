@@ -93,13 +93,13 @@ def test_a_sampler_s_own_generator_goes_on(images, tmp_path):
         sampler = RandomSampler(range(320), replacement=True, generator=torch.Generator().manual_seed(2))
         return loader(images[0], kind, shuffle=False, sampler=sampler)
 
-    check(images, tmp_path, "none", make, stops=(20,))
+    check(images, tmp_path, "none", make, stops=(40,))
 
 
 def test_workers_draw_the_same_again(images, tmp_path):
     """They are started anew each epoch, seeded by the loader's generator, which goes on."""
     make = lambda kind: loader(images[0], kind, num_workers=1, generator=torch.Generator().manual_seed(2))  # noqa: E731
-    check(images, tmp_path, "numpy", make, stops=(20,))
+    check(images, tmp_path, "numpy", make, stops=(40,))
 
 
 def test_workers_that_outlive_an_epoch_are_warned_of(images, tmp_path):
