@@ -113,6 +113,18 @@ def test_another_ladder_in_the_folder_is_refused(images, tmp_path):
     assert len(json.loads((tmp_path / "ladder.json").read_text())["rungs"]) == 1
 
 
+def test_functions_among_the_options_are_the_same_in_the_next_process(images, tmp_path):
+    how = {"folder": tmp_path, "budgets": [{"macs": 0.5}], "epochs": 8, "verbose": False, "lr": None}
+    first = descend(images, optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3), **how)
+    again = descend(images, optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3), **how)
+    assert again.table.equals(first.table)  # read, not trained
+
+
+def test_fit_says_where_a_list_of_budgets_is_taken(images):
+    with pytest.raises(TypeError, match="tcp.ladder"):
+        tcp.fit(build(), *images, budget=BUDGETS, epochs=8)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [

@@ -282,6 +282,8 @@ def _pruned(model, example, channels: Channels, steps: int, budget, prune, tailo
     """Return what makes the network smaller and is called in its place; None to train it as it is."""
     if budget is not None and prune is not None:
         raise TypeError("give budget or prune, not both: prune brings its own budget.")
+    if isinstance(budget, list | tuple):
+        raise TypeError("budget is one Budget or dict; tcp.ladder(..., budgets=[...]) goes down a list of them.")
     if budget is not None:
         return Tailor(model, example, budget=budget, steps=steps, channels=channels, **tailoring)
     if tailoring:

@@ -8,7 +8,9 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Number
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pandas as pd
@@ -89,11 +91,7 @@ def ladder(
             f"{len(budgets)} budgets and {len(epochs)} numbers of epochs; give one for each, at least one."
         )
     dense, bounds = _planned(model, train, budgets, epochs, options)
-    said = {
-        name: getattr(value, "__qualname__", None) or repr(value)
-        for name, value in sorted(options.items())
-        if name not in UNSAID
-    }
+    said = {name: _said(value) for name, value in sorted(options.items()) if name not in UNSAID}
     plan = {"bounds": bounds, "epochs": epochs, "dense": dense, "options": said}
     place = None if folder is None else _Folder(Path(folder), json.loads(json.dumps(plan)))
     done = [] if place is None else place.read()
@@ -131,6 +129,12 @@ def ladder(
 
 UNSAID = ("device", "on_step", "verbose")
 """Options that results do not depend on."""
+
+
+def _said(value: Any) -> str:
+    """Return what an option is, in words that are the same in the next process: no address in memory."""
+    plain = str, Number, NoneType, list, tuple, dict
+    return repr(value) if isinstance(value, plain) else getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _planned(
