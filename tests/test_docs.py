@@ -94,7 +94,7 @@ def test_code_runs_and_keeps_its_promises(name, widths, tmp_path, monkeypatch, c
             assert 0.98 < max(report["utilisation"].values()) <= 1
             assert sum(p.numel() for p in given["model"].parameters()) == report["current"]["params"]
         if "result = tcp.fit(" in code:
-            assert 0.98 < given["result"].report["utilisation"]["macs"] <= 1
+            assert 0.9 < given["result"].report["utilisation"]["macs"] <= 1  # a unit is 5 % of the smallest network
         if "tcp.load(" in code:
             for x, _ in given["loader"][:1]:
                 torch.testing.assert_close(given["small"].eval()(x), given["model"].eval()(x))
