@@ -58,7 +58,7 @@ class Controller:
             step, and the set is frozen at the end of the phase.
         lookahead: the share of the phase by which a unit is told ahead of its time; as long as a gate takes to close.
         ramp: the share of the phase, less the look-ahead, in which the schedule goes from the dense cost to the budget.
-        min_width: the fewest units that stay in each family.
+        min_width: the fewest units that stay in each family, or a share of them as a float in (0, 1).
         multiple: make every family's width a multiple of this, or leave it whole; kernels like 8. The budget is then
             used but for what one such block costs.
         costs: costs beside those that the trace knows, for the bounds that it cannot tell.
@@ -80,7 +80,7 @@ class Controller:
         phase: tuple[float, float] = (0.02, 0.15),
         lookahead: float = 0.2,
         ramp: float = 0.4,
-        min_width: int = 1,
+        min_width: int | float = 1,
         multiple: int = 1,
         costs: Iterable[Cost] = (),
         device: torch.device | str = "cpu",
@@ -94,7 +94,7 @@ class Controller:
         self.bounds = budget.resolve(self.dense)
         self.marginal = self.cost_model.price(self.bounds)
         self.floor = self.cost_model.exact(required_units(channels, min_width, multiple))
-        self._check(channels, steps, phase, lookahead, ramp, max(min_width, multiple))
+        self._check(channels, steps, phase, lookahead, ramp)
         self.steps = steps
         self.start, self.end = (round(share * steps) for share in phase)
         length = self.end - self.start
@@ -115,7 +115,7 @@ class Controller:
         self.trajectory: list[dict[str, float]] = []
         self.reported = 0
 
-    def _check(self, channels: Channels, steps: int, phase, lookahead: float, ramp: float, min_width: int) -> None:
+    def _check(self, channels: Channels, steps: int, phase, lookahead: float, ramp: float) -> None:
         if not channels.prunable.any():
             held = f", held by: {in_words(channels.causes)}" if channels.causes else ""
             raise ValueError(
@@ -141,11 +141,17 @@ class Controller:
             if bound < self.floor[name]:
                 raise BudgetError(
                     f"the {name} budget of {amount(name, bound)} ({bound / self.dense[name]:.2%} of the dense "
-                    f"{amount(name, self.dense[name])}) is below the floor: with {min_width} unit(s) in each family "
+                    f"{amount(name, self.dense[name])}) is below the floor: with {self._fewest()} in each family "
                     f"the smallest network has {amount(name, self.floor[name])} "
                     f"({self.floor[name] / self.dense[name]:.2%}). Give {name} >= "
                     f"{amount(name, self.floor[name]).replace(',', '')}, {self._what_holds(name)}"
                 )
+
+    def _fewest(self) -> str:
+        """Return how many units stay in each family at least, in words."""
+        if isinstance(self.min_width, int):
+            return f"{max(self.min_width, self.multiple)} unit(s)"
+        return f"{self.min_width:.3g} of the units" + (f", at least {self.multiple}," if self.multiple > 1 else "")
 
     def _what_holds(self, cost: str) -> str:
         """Return what keeps the floor of a cost where it is and could be changed, to end a sentence with."""

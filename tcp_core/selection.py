@@ -6,26 +6,36 @@ are scored is the controller's matter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from .channels import Channels
+from .channels import Channels, Family
 from .cost import Cost
 
 
-def required_units(channels: Channels, min_width: int, multiple: int = 1) -> Tensor:
+def least(min_width: int | float, family: Family) -> int:
+    """Return the fewest units that stay in a family: so many, or that share of its units, rounded up."""
+    return min_width if isinstance(min_width, int) else math.ceil(min_width * len(family.units))
+
+
+def required_units(channels: Channels, min_width: int | float, multiple: int = 1) -> Tensor:
     """Return a smallest set of units that must stay, bool ``[units]``: the unprunable, and ``min_width`` a family.
 
     With ``multiple``, in each family a multiple of so many units, or all of them.
     """
-    if not isinstance(min_width, int) or min_width < 1:
-        raise ValueError(f"min_width must be an int of at least 1, so that no layer empties; got {min_width!r}.")
+    share = isinstance(min_width, float) and 0 < min_width < 1
+    if not share and (not isinstance(min_width, int) or min_width < 1):
+        raise ValueError(
+            f"min_width must be an int of at least 1, so that no layer empties, or a share of each family's units as a "
+            f"float in (0, 1); got {min_width!r}."
+        )
     required = ~channels.prunable
     for family in channels.families:
         there = int(required[family.units].sum())
-        missing = -(-max(min_width, there) // multiple) * multiple - there
+        missing = -(-max(least(min_width, family), there) // multiple) * multiple - there
         if missing > 0:
             required[family.units[~required[family.units]][:missing]] = True
     return required
@@ -35,7 +45,7 @@ def fill(
     channels: Channels,
     score: Tensor,
     bounds: Mapping[str, float],
-    min_width: int = 1,
+    min_width: int | float = 1,
     multiple: int = 1,
     cost: Cost | None = None,
 ) -> Tensor:
@@ -56,7 +66,7 @@ def fill(
     return _top_up(channels.cost_model if cost is None else cost, first, order[~first[order]], bounds, block)
 
 
-def _blocks(channels: Channels, order: Tensor, min_width: int, multiple: int) -> tuple[Tensor, Tensor | None]:
+def _blocks(channels: Channels, order: Tensor, min_width: int | float, multiple: int) -> tuple[Tensor, Tensor | None]:
     """Return which units must win, bool ``[units]``, and the block of each, int64 ``[units]``, named by its best unit;
     None for the latter where each unit is its own. ``order`` is that of all units, best first.
     """
@@ -65,7 +75,7 @@ def _blocks(channels: Channels, order: Tensor, min_width: int, multiple: int) ->
     first, block = ~channels.prunable, torch.arange(len(order))
     for family in channels.families:
         best = family.units[place[family.units].argsort()]
-        first[best[: -(-min_width // multiple) * multiple]] = True
+        first[best[: -(-least(min_width, family) // multiple) * multiple]] = True
         block[best] = best[torch.arange(len(best)) // multiple * multiple]
     if multiple == 1:
         return first, None
@@ -112,7 +122,7 @@ def tighten(
     winning: Tensor,
     score: Tensor,
     bounds: Mapping[str, float],
-    min_width: int = 1,
+    min_width: int | float = 1,
     cost: Cost | None = None,
 ) -> Tensor:
     """Return ``winning`` with single units exchanged until a bound is used to 99.9 %, as far as that is possible.
@@ -133,7 +143,7 @@ def tighten(
         for family in channels.families:
             inside, outside = family.units[winning[family.units]], family.units[~winning[family.units]]
             removable = inside[channels.prunable[inside]]
-            if len(inside) > min_width and len(removable):
+            if len(inside) > least(min_width, family) and len(removable):
                 leaving.append(removable[score[removable].argmin()])
             if len(outside):
                 entering.append(outside[score[outside].argmax()])

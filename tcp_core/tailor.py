@@ -31,7 +31,8 @@ class Tailor(Gated):
         steps: optimiser steps of the whole run.
         ignore: names or glob patterns of modules whose output channels must all stay.
         also, unused: further calls and modules that no call reaches, see :func:`tcp_core.trace`.
-        min_width: the fewest units that stay in each family.
+        min_width: the fewest units that stay in each family, or a share of them as a float in (0, 1), so that a cost
+            without a budget of its own cannot empty a layer.
         channels: the model's trace, if it has been made already.
         options: further options of :class:`Controller` (``multiple``, ``phase``, ``lookahead``, ``ramp``).
 
@@ -58,7 +59,7 @@ class Tailor(Gated):
         ignore: Iterable[str] | str = (),
         also: Iterable[Any] = (),
         unused: Iterable[str] | str = (),
-        min_width: int = 1,
+        min_width: int | float = 1,
         channels: Channels | None = None,
         **options: Any,
     ) -> None:
@@ -210,11 +211,28 @@ class Report(dict):
                 f"{amount(name, self['floor'][name]):>14}"
             )
         state = "frozen" if self["frozen"] else f"strength {self['strength']:.2g}"
-        narrow = [name for name, width in self["widths"].items() if width < 8 <= self["dense_widths"][name]]
+        few = self._few()
         rows.append(
-            f"step {self['step']} of {self['steps']}, {state}; layers left with fewer than 8 channels: {len(narrow)}"
+            f"step {self['step']} of {self['steps']}, {state}; layers left with fewer than 8 channels: {len(few)}"
+            + (f" ({', '.join(few[:5])}{', ...' if len(few) > 5 else ''})" if few else "")
         )
+        rows += [
+            f"{name} has no bound of its own and fell to {share:.1%}: give it one, or min_width as a share"
+            for name, share in self._unbounded().items()
+        ]
         return "\n".join(rows)
+
+    def _few(self) -> list[str]:
+        """Return the layers that were left with fewer than 8 channels, those that lost most first."""
+        dense, widths = self["dense_widths"], self["widths"]
+        few = sorted((width / dense[name], name) for name, width in widths.items() if width < 8 <= dense[name])
+        return [f"{name}: {widths[name]} of {dense[name]}" for _, name in few]
+
+    def _unbounded(self) -> dict[str, float]:
+        """Return the costs without a bound that fell to less than half of the share that the bounded ones have."""
+        shares = {name: self["current"][name] / max(dense, 1) for name, dense in self["dense"].items()}
+        least = min(shares[name] for name in self["bounds"])
+        return {name: share for name, share in shares.items() if name not in self["bounds"] and share < least / 2}
 
 
 def _check_trace(channels: Channels, ignore: Iterable[str] | str, also: tuple, unused: Iterable[str] | str) -> None:

@@ -1,5 +1,6 @@
 """Why units stay: said by name in `unknown`, `explain()`, the errors and one warning; and what `ignore` keeps."""
 
+import math
 import re
 import warnings
 
@@ -10,7 +11,8 @@ from random_nets import RandomNet
 from torch import nn
 
 import tcp_core as tcp
-from tcp_core import BudgetError, Tailor, nets, trace
+from tcp_core import BudgetError, Controller, Tailor, nets, trace
+from tcp_core.selection import fill, required_units, tighten
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 STEPS = 100
@@ -226,3 +228,45 @@ def test_large_networks_are_explained(name):
     text = tcp.trace(model, torch.randn(1, 3, 64, 64)).explain()
     assert len(repr(text).splitlines()) >= len(text.rows) + 2
     assert all(row.prunable == row.channels or row.why for row in text.rows)
+
+
+# -------------------------------------------------------------------------------------------------
+# Costs without a budget
+
+
+@pytest.mark.parametrize(("share", "multiple"), [(0.25, 1), (0.5, 1), (0.01, 1), (0.3, 4)])
+def test_min_width_can_be_a_share_of_each_family(share, multiple):
+    channels = trace(nets.small_resnet(widths=(8, 12, 16)), torch.randn(2, 1, 8, 8))
+    required = required_units(channels, share, multiple)
+    floor = channels.cost_model.exact(required)
+    score = torch.rand(channels.units, dtype=torch.float64) ** 8
+    bounds = {"macs": floor["macs"] * 1.2}
+    winning = fill(channels, score, bounds, share, multiple)
+    if multiple == 1:
+        winning = tighten(channels, winning, score, bounds, share)
+    for family in channels.families:
+        for units in (required, winning):
+            assert units[family.units].sum() >= math.ceil(share * len(family.units))
+    with pytest.raises(BudgetError, match=rf"with {share} of the units.* in each family the smallest"):
+        Controller(channels, {"macs": floor["macs"] - 1}, steps=STEPS, min_width=share, multiple=multiple)
+    controller = Controller(channels, {"macs": floor["macs"]}, steps=STEPS, min_width=share, multiple=multiple)
+    assert controller.floor == floor
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 1.5, -0.1, math.nan])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(ValueError, match=r"min_width must be an int of at least 1, .* or a share .* in \(0, 1\)"):
+        Tailor(Net(), X, budget={"macs": 0.5}, steps=STEPS, min_width=share)
+
+
+def test_the_report_names_what_a_budget_left_narrow_and_the_cost_that_it_forgot():
+    tailor = Tailor(Net(), X, budget={"macs": 0.5}, steps=STEPS)
+    text = repr(tailor.report())
+    assert "fewer than 8 channels: 0" in text
+    assert "no bound" not in text
+    report = tailor.report()
+    report["widths"] = {**report["widths"], "b": 1, "a": 3}
+    report["current"] = {"macs": report["dense"]["macs"] // 2, "params": report["dense"]["params"] // 10}
+    text = repr(report)
+    assert "fewer than 8 channels: 2 (b: 1 of 12, a: 3 of 8)" in text
+    assert re.search(r"params has no bound of its own and fell to \d+\.\d%: give it one, or min_width", text)

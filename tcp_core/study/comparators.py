@@ -31,7 +31,7 @@ from ..cost import Budget
 from ..datasets.images import Images
 from ..gates import Gated, gated_parameters
 from ..removal import check_same_model, remove
-from ..selection import fill, tighten
+from ..selection import fill, least, tighten
 from ..tailor import Report
 from ..training.batches import by_epoch
 from .criteria import global_l1, random, shrink_scales, slimming, start_anew, taylor, torch_pruning, uniform_l1
@@ -59,7 +59,7 @@ def pruner(
     precision: str = "fp32",
     seed: int = 0,
     strength: float | None = None,
-    min_width: int = 1,
+    min_width: int | float = 1,
 ) -> Callable[[nn.Module, Channels, int], OneShot]:
     """Return what ``fit(prune=...)`` takes: a function of (model, channels, steps) that gives the network to train.
 
@@ -144,7 +144,7 @@ class OneShot(nn.Module):
         *,
         steps: int,
         at: float,
-        min_width: int = 1,
+        min_width: int | float = 1,
         shrink: Callable[[nn.Module, Channels, torch.optim.Optimizer], None] | None = None,
         fresh: int | None = None,
     ) -> None:
@@ -278,7 +278,7 @@ class FixedStrength(OneShot):
         steps: int,
         at: float,
         strength: float,
-        min_width: int = 1,
+        min_width: int | float = 1,
     ) -> None:
         if round(at * steps) < 1:
             raise ValueError(f"fixed_strength has no step before it prunes; got at={at} of {steps} steps, raise at.")
@@ -336,7 +336,8 @@ class FixedStrength(OneShot):
         place = self._by_gate()
         pushed = self.channels.prunable.clone()
         for family in self.channels.families:
-            pushed[family.units[place[family.units].argsort(descending=True)[: self.limits.min_width]]] = False
+            fewest = least(self.limits.min_width, family)
+            pushed[family.units[place[family.units].argsort(descending=True)[:fewest]]] = False
         self.pushed = pushed.to(self.gate.device)
         row = {"step": self.step_count - 1, **self.channels.cost(self.open_units)}
         row |= {"macs_schedule": math.nan, "params_schedule": math.nan, "strength": self.strength}
