@@ -86,13 +86,14 @@ def test_numbers_out_of_range(images, name, values):
 
 
 class Segmenting(nn.Module):
-    """Logits of each pixel, and in training those of an auxiliary head."""
+    """Logits of each pixel, and, if wanted, those of an auxiliary head."""
 
     def __init__(self, channels=3, both=False):
         super().__init__()
         self.body = nn.Sequential(*(nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU()))
         self.more = nn.Sequential(*(nn.Conv2d(12, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU()))
-        self.head, self.aux, self.both = nn.Conv2d(12, channels, 1), nn.Conv2d(12, channels, 1), both
+        self.head, self.both = nn.Conv2d(12, channels, 1), both
+        self.aux = nn.Conv2d(12, channels, 1) if both else None
 
     def forward(self, x):
         x = self.body(x)

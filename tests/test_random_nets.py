@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from zoo import counted, random_open
 
 from tcp_core import close, remove, trace
+from tcp_core.tracing.arithmetic import is_pointwise
 
 TOLERANCE = 1e-9  # relative, in float64: the order of summation differs, nothing else may
 SETTINGS = settings(
@@ -492,3 +493,12 @@ def test_a_size_read_from_another_tensor_of_the_same_width_is_seen():
 def test_an_empty_sequential_passes_its_input_on():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(), nn.Conv2d(8, 4, 3))
     assert trace(net, torch.randn(2, 3, 8, 8)).prunable.sum() == 8
+
+
+@pytest.mark.parametrize("name", ["relu6", "leaky_relu", "mish", "threshold"])
+def test_operators_in_place_are_known_as_their_twins(name):
+    """Torch 2.6 does not tag all in-place forms as element-wise."""
+    packet = getattr(torch.ops.aten, f"{name}_")
+    assert is_pointwise(packet.default, name)
+    assert not is_pointwise(torch.ops.aten.cumsum_.default, "cumsum")
+    assert not is_pointwise(torch.ops.aten.uniform_.default, "uniform")

@@ -16,8 +16,18 @@ NOT_TAGGED = {"hardswish", "mish", "threshold", "_prelu_kernel"}
 
 
 def is_pointwise(func: Any, name: str) -> bool:
-    """Say whether an operator is element-wise, by torch's own tag."""
-    return torch.Tag.pointwise in func.tags or name in NOT_TAGGED
+    """Say whether an operator is element-wise, by torch's own tag, or that of the operator it is the in-place form of.
+
+    Torch 2.6 does not tag hardtanh_, leaky_relu_ and others, which it does without the underscore.
+    """
+    if torch.Tag.pointwise in func.tags or name in NOT_TAGGED:
+        return True
+    space, _, written = func.name().partition("::")
+    written, _, overload = written.partition(".")
+    if not written.endswith("_"):
+        return False
+    twin = getattr(getattr(getattr(torch.ops, space), written[:-1], None), overload or "default", None)
+    return twin is not None and torch.Tag.pointwise in twin.tags
 
 
 def pointwise(ids: Identities, call: Call) -> None:
