@@ -37,7 +37,7 @@ NETWORKS = {
     "ResNet-20": ("resnet20", 10, 32, (1, 64), "cifar10-cpu/pretrained/tailored-macs0.5-seed0"),
     "ResNet-56": ("resnet56", 10, 32, (1, 64), "cifar10-cpu/resnet56/tailored-macs0.5"),
     "ResNet-18, small stem": ("resnet18_small_stem", 100, 64, (1, 64), f"{TINY}/resnet18/tailored-macs0.5-seed0"),
-    "MobileNetV2": ("imagenet_mobilenet_v2", 100, 224, (1, 64), f"{TINY}/mobilenet_v2/tailored-macs0.5-seed0"),
+    "MobileNetV2": ("imagenet_mobilenet_v2", 100, 224, (1, 16), f"{TINY}/mobilenet_v2/tailored-macs0.5-seed0"),
     "ResNet-50": ("imagenet_resnet50", 1000, 224, (1, 16), None),
 }
 MULTIPLES = {"any": 1, "multiples of 4": 4, "multiples of 8": 8}
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of each network, batch, runtime and clock")
     parser.add_argument("--beside", default="", help="what else the machine did, to be written down")
     parser.add_argument("--export-only", action="store_true", help="write the ONNX files and measure nothing")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="in an older file of this name only what is measured now is replaced")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows, loads = [], [os.getloadavg()[0]]
@@ -64,6 +64,11 @@ def main() -> None:
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, float_format="{:.3g}".format))
     if options.out:
+        if options.out.exists():  # of networks that were not measured now
+            rows = [
+                row for row in json.loads(options.out.read_text())["rows"] if row["network"] not in options.networks
+            ] + rows
+            rows.sort(key=lambda row: list(NETWORKS).index(row["network"]))
         result = {"threads": 1, "macs": MACS, "rows": rows, "load": loads, "beside": options.beside}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result | environment("cpu"), indent=2) + "\n")
@@ -106,8 +111,8 @@ def measure(name: str, folder: Path, seconds: float) -> list[dict]:
 
 def timed(calls: dict, seconds: float, clock) -> pd.DataFrame:
     """Return times of as many rounds as fit in so many seconds, 5 at least."""
-    one = timing.interleaved(calls, rounds=1, warmup=2).iloc[0].sum() / 1e3
-    return timing.interleaved(calls, rounds=min(200, max(5, round(seconds / one))), warmup=1, clock=clock)
+    one = timing.interleaved(calls, rounds=1, warmup=1).iloc[0].sum() / 1e3
+    return timing.interleaved(calls, rounds=min(200, max(5, round(seconds / one))), warmup=0, clock=clock)
 
 
 def variants(name: str) -> tuple[dict[str, nn.Module], dict[str, int]]:
