@@ -1,8 +1,10 @@
 """Timing, eight bits and profiles of ONNX files, and the figures drawn from them."""
 
+import json
 import math
 import time
 import warnings
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -213,3 +215,32 @@ def test_layers_figure_keeps_the_order_and_marks_what_one_network_lacks():
         warnings.simplefilter("error")
         figure.canvas.draw()
     plt.close(figure)
+
+
+# -------------------------------------------------------------------------------------------------
+# What the page states is what was measured
+
+
+def test_the_page_has_the_table_of_the_benchmark():
+    root = Path(dp.__file__).resolve().parents[2]
+    measured = json.loads((root / "results" / "benchmarks" / "deployment.json").read_text(encoding="utf-8"))
+    page = (root / "docs" / "deployment.md").read_text(encoding="utf-8").splitlines()
+    groups = {}
+    for row in measured["rows"]:
+        groups.setdefault((row["network"], row["runtime"], row["batch"]), {})[row["widths"]] = row
+    assert len(groups) == 20
+    for (network, runtime, batch), rows in groups.items():
+        dense = rows["dense"]
+        cells = [f"{network}, {runtime}, {batch}", f"{dense['ms']:.3g} ({dense['ms_q1']:.3g} to {dense['ms_q3']:.3g})"]
+        for kind in ("run", "any", "multiples of 4", "multiples of 8"):
+            cells.append(f"{rows[kind]['speedup']:.2f} ({rows[kind]['speedup_cpu']:.2f})" if kind in rows else "-")
+        assert f"| {' | '.join(cells)} |" in page
+
+
+def test_multiples_are_never_slower_than_the_dense_network_as_the_page_says():
+    root = Path(dp.__file__).resolve().parents[2]
+    rows = json.loads((root / "results" / "benchmarks" / "deployment.json").read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        if row["widths"].startswith("multiples"):
+            assert row["speedup"] > 1, row
+    assert all(row["macs"] <= 0.5 for row in rows if row["widths"] != "dense")
