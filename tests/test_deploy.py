@@ -244,3 +244,17 @@ def test_multiples_are_never_slower_than_the_dense_network_as_the_page_says():
         if row["widths"].startswith("multiples"):
             assert row["speedup"] > 1, row
     assert all(row["macs"] <= 0.5 for row in rows if row["widths"] != "dense")
+
+
+def test_the_page_on_scale_has_the_parts_of_a_step():
+    root = Path(dp.__file__).resolve().parents[2]
+    measured = json.loads((root / "results" / "benchmarks" / "step_parts.json").read_text(encoding="utf-8"))
+    page = (root / "docs" / "scale.md").read_text(encoding="utf-8")
+    parts = measured["operators_ms"]
+    for dense, tailored in zip(parts[::2], parts[1::2], strict=True):
+        assert (dense["kind"], tailored["kind"]) == ("dense", "tailored")
+        names = [name for name in dense if name not in ("network", "precision", "kind")]
+        cells = [f"{dense[name]:.0f}, {tailored[name]:.0f}" for name in names]
+        assert f"| {dense['network']}, {dense['precision']} | {' | '.join(cells)} |" in page
+    ratios = [row["over_default"] for row in measured["choices"] if row["choice"] != "default"]
+    assert f"takes {min(ratios):.2f} to {max(ratios):.2f} of the default's time" in page
