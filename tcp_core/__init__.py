@@ -9,6 +9,7 @@ from .controller import Controller
 from .cost import Budget, BudgetError
 from .deploy import ExportError, export
 from .gates import close
+from .latency import Latency, LatencyError
 from .removal import remove
 from .storage import FileError, load, save
 from .tailor import Report, Tailor
@@ -28,6 +29,8 @@ __all__ = [
     "FileError",
     "FitResult",
     "Ladder",
+    "Latency",
+    "LatencyError",
     "RemovalError",
     "Report",
     "Tailor",

@@ -18,16 +18,16 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .channels import Channels
-from .cost import Budget, BudgetError, Cost, Costs, amount
+from .cost import Budget, BudgetError, Costs, Measured, amount
 from .explanation import in_words
-from .selection import fill, required_units, tighten
+from .selection import fill, liked, required_units, settle, tighten
 
 KINDS = {
     ("unknown",): "operators that are not understood",
@@ -60,14 +60,18 @@ class Controller:
         ramp: the share of the phase, less the look-ahead, in which the schedule goes from the dense cost to the budget.
         min_width: the fewest units that stay in each family, or a share of them as a float in (0, 1).
         multiple: make every family's width a multiple of this, or leave it whole; kernels like 8. The budget is then
-            used but for what one such block costs.
-        costs: costs beside those that the trace knows, for the bounds that it cannot tell.
+            used but for what one such block costs. Of several, largest first, the first with blocks small enough to
+            come near the budget is taken.
+        latency: a cost that is predicted and can be measured, for a bound on latency. The set is final when the network
+            that it leaves has been measured within the bound.
 
     Attributes:
         strength: how far losing gates move down at each step (lambda).
         gate: float ``[units]``, where the gates stand.
         losing: bool ``[units]``.
         frozen: whether the set is final.
+        multiple: of every family's width.
+        measured: what was measured of the final set: latency, spread, networks (how many were measured); None before.
         trajectory: one dict per re-ranking.
     """
 
@@ -81,19 +85,31 @@ class Controller:
         lookahead: float = 0.2,
         ramp: float = 0.4,
         min_width: int | float = 1,
-        multiple: int = 1,
-        costs: Iterable[Cost] = (),
+        multiple: int | Sequence[int] = 1,
+        latency: Measured | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not isinstance(multiple, int) or multiple < 1:
+        candidates = [multiple] if isinstance(multiple, int) else [*multiple]
+        if not candidates or not all(isinstance(each, int) and each >= 1 for each in candidates):
             raise ValueError(f"multiple={multiple!r}; it must be an int of at least 1, 1 for widths of any size.")
-        budget = Budget.of(budget)
-        self.channels, self.cost_model = channels, Costs.of([*channels.costs(budget), *costs])
-        self.min_width, self.multiple = min_width, multiple
-        self.dense = self.cost_model.exact()
-        self.bounds = budget.resolve(self.dense)
-        self.marginal = self.cost_model.price(self.bounds)
-        self.floor = self.cost_model.exact(required_units(channels, min_width, multiple))
+        self.channels, self.budget, self.min_width, self.latency = channels, Budget.of(budget), min_width, latency
+        if self.budget.latency is not None and latency is None:
+            raise BudgetError(
+                "a latency budget needs a place where it is measured: give latency=tcp.Latency(...), for example "
+                "tcp.Latency('onnxruntime', batch=1, threads=1)."
+            )
+        self.cost_model = Costs.of([*channels.costs(self.budget), *([] if latency is None else [latency])])
+        self.multiple = candidates[0]
+        self._resolve()
+        if len(candidates) > 1:
+            share = sum(self.marginal[name] / bound for name, bound in self.bounds.items())
+            candidates = candidates[candidates.index(liked(channels, share, candidates)) :]
+        for self.multiple in candidates:  # a smaller one where the smallest network of a larger is above a bound
+            if latency is not None:
+                latency.calibrate(required_units(channels, min_width, self.multiple))
+            self._resolve()
+            if all(bound >= self.floor[name] for name, bound in self.bounds.items()):
+                break
         self._check(channels, steps, phase, lookahead, ramp)
         self.steps = steps
         self.start, self.end = (round(share * steps) for share in phase)
@@ -114,6 +130,14 @@ class Controller:
         self.changed = 0
         self.trajectory: list[dict[str, float]] = []
         self.reported = 0
+        self.measured: dict[str, float] | None = None
+
+    def _resolve(self) -> None:
+        """Derive bounds and prices, which follow from what the dense network costs."""
+        self.dense = self.cost_model.exact()
+        self.bounds = self.budget.resolve(self.dense)
+        self.marginal = self.cost_model.price(self.bounds)
+        self.floor = self.cost_model.exact(required_units(self.channels, self.min_width, self.multiple))
 
     def _check(self, channels: Channels, steps: int, phase, lookahead: float, ramp: float) -> None:
         if not channels.prunable.any():
@@ -221,10 +245,8 @@ class Controller:
             ahead = self.step_count + self.lookahead
             targets = self.schedule(ahead)
             score = self.score()
-            winning = fill(self.channels, score, targets, self.min_width, self.multiple, self.cost_model)
+            winning = self.choose(score, targets, last=ahead >= self.end)
             self._weigh(self.cost_model.exact(winning), targets)
-            if ahead >= self.end and self.multiple == 1:
-                winning = tighten(self.channels, winning, score, targets, self.min_width, self.cost_model)
             losing = (~winning).to(self.losing.device)
             self.returned += int((self.losing & ~losing & (self.gate == 0)).sum())
             self.changed = int((self.losing != losing).sum())
@@ -234,6 +256,47 @@ class Controller:
                 self.final = True
         self._adapt(hard)
         self._record(hard)
+
+    def choose(self, score: Tensor, targets: Mapping[str, float] | None = None, last: bool = True) -> Tensor:
+        """Return the units that win within ``targets`` (the bounds by default) by ``score``, bool ``[units]``.
+
+        The ``last`` set uses the budget as far as exchanges help, and its latency is measured.
+        """
+        targets = self.bounds if targets is None else targets
+        if last and self.latency is not None:
+            return self._settle(score, targets)
+        return self._fill(score, targets, last)
+
+    def _fill(self, score: Tensor, targets: Mapping[str, float], last: bool) -> Tensor:
+        limits = self.min_width, self.multiple, self.cost_model
+        winning = fill(self.channels, score, targets, *limits)
+        return tighten(self.channels, winning, score, targets, *limits) if last else winning
+
+    def _settle(self, score: Tensor, targets: Mapping[str, float]) -> Tensor:
+        """Return the units that win, with their latency measured, and bring its model into line with that."""
+
+        def measure(winning: Tensor) -> float:
+            timings[winning.numpy().tobytes()] = timing = self.latency.measure(winning)
+            return timing.ms
+
+        timings: dict[bytes, Any] = {}
+        winning, ms, networks = settle(
+            lambda aim: self._fill(score, {**targets, "latency": aim}, last=True),
+            measure,
+            targets["latency"],
+            self.floor["latency"],
+        )
+        self.latency.agree(winning, ms)
+        spread = timings[winning.numpy().tobytes()].spread
+        self.measured = {"latency": ms, "spread": spread, "networks": networks}
+        if ms > targets["latency"]:
+            warnings.warn(
+                f"no network was measured within the latency of {targets['latency']:.4g} ms; the nearest takes "
+                f"{ms:.4g} ms (spread {spread:.1%}). The machine may be slower than when the run began.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        return winning
 
     def _adapt(self, hard: Mapping[str, int]) -> None:
         """Set the strength by how far the cost is from its schedule, as a log-ratio, with a bounded change.
@@ -291,12 +354,18 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all that changes during a run, as tensors and plain values."""
-        return copy.deepcopy({name: getattr(self, name) for name in _STATE})
+        calibration = {} if self.latency is None else {"calibration": self.latency.calibration}
+        return copy.deepcopy({name: getattr(self, name) for name in _STATE} | calibration)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         for name, value in copy.deepcopy({name: state[name] for name in _STATE}).items():
             setattr(self, name, value)
+        if self.latency is not None:  # the bounds are those of the dense network as it was measured then
+            self.latency.calibrate(required_units(self.channels, self.min_width, self.multiple), state["calibration"])
+        self._resolve()
+        if self.measured is not None:
+            self.latency.agree((~self.losing).cpu(), self.measured["latency"])
 
 
 def normalised_square(gradient: Tensor) -> Tensor:
@@ -308,5 +377,5 @@ def normalised_square(gradient: Tensor) -> Tensor:
 
 _STATE = (
     *("step_count", "weights", "importance", "gate", "losing", "strength", "final", "frozen", "refused", "reported"),
-    *("returned", "changed", "trajectory"),
+    *("returned", "changed", "trajectory", "multiple", "measured"),
 )

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from scipy.sparse import csr_array
@@ -202,6 +202,25 @@ class Cost(Protocol):
 
     def price(self, bounds: Mapping[str, float]) -> dict[str, Tensor]:
         """Return, per cost, what a unit of the dense network is charged when units are ranked for ``bounds``."""
+
+
+class Measured(Cost, Protocol):
+    """A cost that is predicted, in milliseconds, and can be measured: latency.
+
+    Attributes:
+        calibration: what was measured before training, as plain numbers; a run that goes on takes it along.
+    """
+
+    calibration: dict[str, float]
+
+    def calibrate(self, smallest: Tensor, known: Mapping[str, float] | None = None) -> None:
+        """Measure the dense network and that which keeps only ``smallest``, or take it as ``known``."""
+
+    def measure(self, open_units: Tensor) -> Any:
+        """Return ``ms`` and ``spread`` (a fraction of it), measured, of the network that keeps ``open_units``."""
+
+    def agree(self, open_units: Tensor, ms: float) -> None:
+        """Predict ``ms`` for ``open_units`` from now on, and other networks accordingly."""
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,14 @@ class Activations:
         units: number of units.
         storages: in the order in which they were allocated.
         moments: per moment the indices of the storages that are alive; those within another's are left out.
+        work: per operator its name and the storages that it reads and writes, views left out.
         precision, batch: what bytes are counted at, see :class:`~tcp_core.Budget`.
     """
 
     units: int
     storages: Sequence[Storage]
     moments: Sequence[Sequence[int]]
+    work: Sequence[tuple[str, Sequence[Storage]]] = ()
     precision: str | None = None
     batch: int = 1
 

@@ -1,13 +1,14 @@
 """Which units win a place in the budget.
 
-Exact arithmetic on hard costs: a greedy fill by score, and for small networks exchanges of single units. How units
-are scored is the controller's matter.
+Exact arithmetic on hard costs: a greedy fill by score, for small networks exchanges of single units or blocks, and
+where a cost is only predicted, a closed loop that measures it. How units are scored is the controller's matter.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -123,12 +124,13 @@ def tighten(
     score: Tensor,
     bounds: Mapping[str, float],
     min_width: int | float = 1,
+    multiple: int = 1,
     cost: Cost | None = None,
 ) -> Tensor:
-    """Return ``winning`` with single units exchanged until a bound is used to 99.9 %, as far as that is possible.
+    """Return ``winning`` with single units, or blocks, exchanged until a bound is used to 99.9 %, as far as possible.
 
-    Matters where one unit costs more than what is left. Each exchange takes the worst open unit of one family for the
-    best closed unit of another, and is the one that fills the bounds best.
+    Matters where one unit (with ``multiple``, one block) costs more than what is left. Each exchange takes the worst
+    open units of one family for the best closed ones of another, and is the one that fills the bounds best.
     """
     model = channels.cost_model if cost is None else cost
 
@@ -139,30 +141,145 @@ def tighten(
     for _ in range(50):
         if used(winning) >= 0.999:
             break
-        leaving, entering = [], []
-        for family in channels.families:
-            inside, outside = family.units[winning[family.units]], family.units[~winning[family.units]]
-            removable = inside[channels.prunable[inside]]
-            if len(inside) > least(min_width, family) and len(removable):
-                leaving.append(removable[score[removable].argmin()])
-            if len(outside):
-                entering.append(outside[score[outside].argmax()])
+        leaving, entering = _exchangeable(channels, winning, score, min_width, multiple)
         if not leaving or not entering:
             break
-        out, into = torch.stack(leaving), torch.stack(entering)
-        found, extra = model.exact(winning), model.marginal(winning)
+        found = model.exact(winning)
+        out, into = (
+            [model.exact(winning.index_fill(0, units, opened)) for units in sides]
+            for sides, opened in ((leaving, False), (entering, True))
+        )
         filled = torch.stack(
-            [(found[name] - extra[name][out][:, None] + extra[name][into]) / bound for name, bound in bounds.items()]
+            [
+                torch.tensor([each[name] - found[name] for each in out])[:, None] / bound
+                + torch.tensor([each[name] for each in into]) / bound
+                for name, bound in bounds.items()
+            ]
         ).amax(0)
-        # The two marginal costs add up but for units that meet in one layer: the most promising ones are recounted.
+        # The differences add up but for units that meet in one layer: the most promising pairs are recounted.
         best = winning
         for index in filled.where(filled <= 1.01, -1.0).flatten().argsort(descending=True, stable=True)[:30].tolist():
             candidate = winning.clone()
-            candidate[out[index // len(into)]], candidate[into[index % len(into)]] = False, True
+            candidate[leaving[index // len(entering)]] = False
+            candidate[entering[index % len(entering)]] = True
             if used(best) < used(candidate) <= 1:
                 best = candidate
+        if best is winning and multiple > 1:  # blocks are coarse: let two enter for one, or leave for one
+            pairs = [*_pairs(leaving, entering, out, into, bounds, found)]
+            candidates = (winning.index_fill(0, units, False).index_fill(0, more, True) for units, more in pairs)
+            best = max((each for each in candidates if used(each) <= 1), key=used, default=winning)
+            best = best if used(best) > used(winning) else winning
         if best is winning:
             break
-        rest = (~best).nonzero().flatten()  # a unit costs less once a neighbour in its layer has left
-        winning = _top_up(model, best, rest[score[rest].argsort(descending=True, stable=True)], bounds)
+        # a unit costs less once a neighbour in its layer has left
+        order = score.double().where(channels.prunable, torch.inf).argsort(descending=True, stable=True)
+        _, block = _blocks(channels, order, min_width, multiple)
+        rest = order[~best[order]]
+        if block is not None:
+            rest = rest[block[rest].argsort(stable=True)]
+            rest = rest[score.double()[block[rest]].argsort(descending=True, stable=True)]
+        winning = _top_up(model, best, rest, bounds, block)
     return winning
+
+
+def _pairs(leaving, entering, out, into, bounds, found) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return the 60 most promising exchanges of one block for two or two for one, as (leaving, entering) units."""
+
+    def shares(costs: Sequence[Mapping[str, float]]) -> list[float]:  # of the bound that is nearest to its limit
+        name = max(bounds, key=lambda name: found[name] / bounds[name])
+        return [(cost[name] - found[name]) / bounds[name] for cost in costs]
+
+    room = 1 - max(found[name] / bound for name, bound in bounds.items())
+    less, more = list(enumerate(shares(out))), list(enumerate(shares(into)))
+    found_pairs = [(a + b + c, (i,), (j, k)) for i, a in less for (j, b), (k, c) in itertools.combinations(more, 2)]
+    found_pairs += [(a + b + c, (i, k), (j,)) for j, a in more for (i, b), (k, c) in itertools.combinations(less, 2)]
+    found_pairs = sorted((each for each in found_pairs if 0 < each[0] <= room + 0.01), reverse=True)
+    for _, gone, come in found_pairs[:60]:
+        yield torch.cat([leaving[i] for i in gone]), torch.cat([entering[j] for j in come])
+
+
+def _exchangeable(
+    channels: Channels, winning: Tensor, score: Tensor, min_width: int, multiple: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return per family the worst units that could leave, and the best that could enter, so that its width is a
+    multiple before and after.
+    """
+    leaving, entering = [], []
+    for family in channels.families:
+        inside, outside = family.units[winning[family.units]], family.units[~winning[family.units]]
+        removable = inside[channels.prunable[inside]]
+        size = len(inside) % multiple or multiple  # a family that is whole need not be a multiple
+        fewest = -(-least(min_width, family) // multiple) * multiple
+        if len(inside) - size >= fewest and len(removable) >= size:
+            leaving.append(removable[score[removable].argsort(descending=True, stable=True)[-size:]])
+        if len(outside):
+            entering.append(outside[score[outside].argsort(descending=True, stable=True)[:multiple]])
+    return leaving, entering
+
+
+ENOUGH = 0.98
+"""A measured cost is near enough to its bound from this share of it on."""
+
+ROUNDS = 10
+"""Networks that are measured at most before the set is final."""
+
+
+def settle(
+    choose: Callable[[float], Tensor], measure: Callable[[Tensor], float], bound: float, floor: float
+) -> tuple[Tensor, float, int]:
+    """Return the set of units whose *measured* cost is the highest within ``bound``, what was measured, and how many
+    sets were.
+
+    ``choose(aim)`` fills a predicted cost of ``aim``. The aim is corrected by the ratio of bound and measurement,
+    within the aims that were found too low and too high, until 98 % of the bound are used. If nothing is within the
+    bound, ``choose(floor)`` is returned as it was measured.
+    """
+    low, high, aim = 0.0, math.inf, max(bound, floor)
+    seen: dict[bytes, float] = {}
+    best: tuple[Tensor, float] | None = None
+    middle = (1 + ENOUGH) / 2 * bound
+    for _ in range(3 * ROUNDS):
+        winning = choose(aim)
+        key = winning.numpy().tobytes()
+        new = key not in seen
+        if new:
+            seen[key] = measure(winning)
+        found = seen[key]
+        if found <= bound:
+            low = max(low, aim)
+            best = (winning, found) if best is None or found > best[1] else best
+        else:
+            high = min(high, aim)
+        if ENOUGH * bound <= found <= bound or len(seen) >= ROUNDS or high <= 1.001 * max(low, floor):
+            break
+        wanted = aim * middle / found
+        if not new or not low < wanted < high:  # the same set again, or measurements that contradict: halve the way
+            wanted = math.sqrt(low * high) if low and high < math.inf else aim * (1.05 if found <= bound else 0.95)
+        if winning.all() and found <= bound:
+            break  # nothing is left to add
+        aim = max(wanted, floor)
+    if best is None:
+        winning = choose(floor)
+        key = winning.numpy().tobytes()
+        best = winning, seen[key] if key in seen else measure(winning)
+    return *best, len(seen)
+
+
+LARGEST_BLOCK = 0.02
+"""Share of the budget that the cheapest block may cost, where the multiple is chosen."""
+
+
+def liked(channels: Channels, share: Tensor, candidates: Sequence[int]) -> int:
+    """Return the largest of ``candidates`` (falling) with blocks small enough to come near the budget, or the last.
+
+    ``share`` is what each unit costs of the budget, float ``[units]``.
+    """
+    for multiple in candidates:
+        blocks = [
+            multiple * float(share[family.units].mean())
+            for family in channels.families
+            if len(family.units) > multiple and channels.prunable[family.units].any()
+        ]
+        if blocks and min(blocks) <= LARGEST_BLOCK:
+            return multiple
+    return candidates[-1]

@@ -33,11 +33,16 @@ class Tailor(Gated):
         also, unused: further calls and modules that no call reaches, see :func:`tcp_core.trace`.
         min_width: the fewest units that stay in each family, or a share of them as a float in (0, 1), so that a cost
             without a budget of its own cannot empty a layer.
+        multiple: make widths multiples of this, which kernels like; 1: any. "auto": what the place of ``latency``
+            likes, or 8 or 4 without one, the largest with blocks small enough to come near the budget. None: "auto" for
+            a budget of latency, else 1.
+        latency: where latency is measured, a :class:`tcp_core.Latency`; needed for a budget of it.
         channels: the model's trace, if it has been made already.
-        options: further options of :class:`Controller` (``multiple``, ``phase``, ``lookahead``, ``ramp``).
+        options: further options of :class:`Controller` (``phase``, ``lookahead``, ``ramp``).
 
     Raises:
         BudgetError: before any training, if the budget is malformed or below the lowest feasible cost.
+        LatencyError: before any training, if latency cannot be measured, or not well enough.
         ValueError: for other bad input; the message says what to do.
 
     Example:
@@ -60,6 +65,8 @@ class Tailor(Gated):
         also: Iterable[Any] = (),
         unused: Iterable[str] | str = (),
         min_width: int | float = 1,
+        multiple: int | str | None = None,
+        latency: Any = None,
         channels: Channels | None = None,
         **options: Any,
     ) -> None:
@@ -74,10 +81,12 @@ class Tailor(Gated):
         super().__init__(model, channels)
         self.channels = channels
         self.budget = budget
+        options |= width_options(model, channels, budget, multiple, latency)
         self.controller = Controller(
             channels, budget, steps=steps, min_width=min_width, device=self.gate.device, **options
         )
         _warn_of_unknown(channels)
+        self.measured_at = "" if budget.latency is None else repr(latency)
         self.shrunk = False
         self.largest_gate_removed: float | None = None
 
@@ -184,6 +193,8 @@ class Tailor(Gated):
             step=controller.step_count,
             steps=controller.steps,
             frozen=self.frozen,
+            multiple=controller.multiple,
+            measured=None if controller.measured is None else {**controller.measured, "at": self.measured_at},
             refused_steps=int(controller.refused),
             largest_gate_removed=self.largest_gate_removed,
             widths=self.channels.widths(self.open_units),
@@ -220,6 +231,13 @@ class Report(dict):
             f"{name} has no bound of its own and fell to {share:.1%}: give it one, or min_width as a share"
             for name, share in self._unbounded().items()
         ]
+        if self.get("multiple", 1) > 1:
+            rows.append(f"widths are multiples of {self['multiple']}")
+        if measured := self.get("measured"):
+            rows.append(
+                f"latency {amount('latency', measured['latency'])} was measured, spread {measured['spread']:.1%}, as "
+                f"one of {measured['networks']} networks; {measured['at']}"
+            )
         return "\n".join(rows)
 
     def _few(self) -> list[str]:
@@ -268,6 +286,28 @@ def _warn_of_unknown(channels: Channels) -> None:
             f"narrows the choice; channels.explain() says what would free them.",
             stacklevel=3,
         )
+
+
+LIKED = (8, 4)
+"""Multiples that most kernels like, where no place is given."""
+
+
+def width_options(model: nn.Module, channels: Channels, budget: Budget, multiple: Any, latency: Any) -> dict[str, Any]:
+    """Return the options of :class:`Controller` that say what widths may be and how latency is known."""
+    auto = multiple == "auto" or (multiple is None and budget.latency is not None)
+    if isinstance(multiple, str) and not auto:
+        raise ValueError(f"multiple={multiple!r}; it must be an int of at least 1, or 'auto'.")
+    if budget.latency is None:
+        if latency is not None and not auto:
+            raise ValueError(
+                "latency= says where latency is measured, but the budget has no bound on it: give one, for example "
+                "budget={'latency': '4 ms'}, or multiple='auto' for widths that the place likes."
+            )
+        cost = None
+    else:
+        cost = None if latency is None else latency.cost(model, channels)
+    likes = LIKED if latency is None else latency.likes(cost)
+    return {"multiple": likes if auto else 1 if multiple is None else multiple, "latency": cost}
 
 
 def _check_trainable(model: nn.Module) -> None:

@@ -35,7 +35,7 @@ CORE = (
     ),
     *("controller", "tailor", "storage", "foreign", "nets"),
 )
-AROUND = ("deploy", "datasets", "training", "study")
+AROUND = ("latency", "deploy", "datasets", "training", "study")
 
 
 def imported(tree, package="tcp_core"):

@@ -19,20 +19,21 @@ import copy
 import importlib.util
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..channels import Channels
 from ..controller import MIN_PHASE_STEPS, Controller, normalised_square
-from ..cost import Budget
+from ..cost import Budget, Measured
 from ..datasets.images import Images
 from ..gates import Gated, gated_parameters
 from ..removal import check_same_model, remove
-from ..selection import fill, least, tighten
-from ..tailor import Report
+from ..selection import least
+from ..tailor import Report, width_options
 from ..training.batches import by_epoch
 from .criteria import global_l1, random, shrink_scales, slimming, start_anew, taylor, torch_pruning, uniform_l1
 
@@ -60,6 +61,8 @@ def pruner(
     seed: int = 0,
     strength: float | None = None,
     min_width: int | float = 1,
+    multiple: int | str | None = None,
+    latency: Any = None,
 ) -> Callable[[nn.Module, Channels, int], OneShot]:
     """Return what ``fit(prune=...)`` takes: a function of (model, channels, steps) that gives the network to train.
 
@@ -74,6 +77,8 @@ def pruner(
         seed: of "random", of "small" and of the order of these batches.
         strength: of the sparsity training of "slimming" (1e-4 by default) and "fixed_strength" (0.1).
         min_width: the fewest units that stay in each family; "torch_pruning" keeps one.
+        multiple, latency: of the widths, and where latency is measured, as in :class:`tcp_core.Tailor`; not for
+            "fixed_strength" and "torch_pruning".
 
     Raises:
         ValueError: for an unknown method, or a share at which it cannot prune.
@@ -87,6 +92,8 @@ def pruner(
         raise ValueError("fixed_strength needs steps in which gates can close; give at > 0, for example at=0.3.")
     if method == "small" and at > 0:
         raise ValueError(f"small starts with fresh weights, nothing is to be trained before; give at=0, not {at}.")
+    if method in ("fixed_strength", "torch_pruning") and not (latency is None and multiple in (None, 1)):
+        raise ValueError(f"{method} knows neither multiples nor latency; leave multiple and latency out.")
     if method == "torch_pruning" and importlib.util.find_spec("torch_pruning") is None:
         raise ImportError("torch_pruning is a library that is not installed here: pip install torch-pruning")
 
@@ -108,6 +115,7 @@ def pruner(
         options = {"steps": steps, "at": at, "min_width": min_width}
         if method == "fixed_strength":
             return FixedStrength(model, channels, budget, strength=0.1 if strength is None else strength, **options)
+        options |= width_options(model, channels, Budget.of(budget), multiple, latency)
         if method == "slimming":
             options["shrink"] = partial(shrink_scales, strength=1e-4 if strength is None else strength)
         return OneShot(model, channels, budget, scores[method], fresh=seed if method == "small" else None, **options)
@@ -145,6 +153,8 @@ class OneShot(nn.Module):
         steps: int,
         at: float,
         min_width: int | float = 1,
+        multiple: int | Sequence[int] = 1,
+        latency: Measured | None = None,
         shrink: Callable[[nn.Module, Channels, torch.optim.Optimizer], None] | None = None,
         fresh: int | None = None,
     ) -> None:
@@ -152,7 +162,8 @@ class OneShot(nn.Module):
         super().__init__()
         self.model, self.channels, self.budget, self.score = model, channels, Budget.of(budget), score
         # A controller that never takes a step: it resolves and checks the budget as it does for Tailor.
-        self.limits = Controller(channels, budget, steps=100 * MIN_PHASE_STEPS, min_width=min_width)
+        options = {"min_width": min_width, "multiple": multiple, "latency": latency}
+        self.limits = Controller(channels, budget, steps=100 * MIN_PHASE_STEPS, **options)
         self.steps, self.prune_step, self.step_count = steps, round(at * steps), 0
         self.shrink, self.fresh = shrink, fresh
         self.kept: Tensor | None = None
@@ -244,9 +255,7 @@ class OneShot(nn.Module):
             raise FloatingPointError(
                 "a unit's score is not a number: weights or gradients of the model are not finite."
             )
-        bounds, min_width = self.limits.bounds, self.limits.min_width
-        winning = fill(self.channels, score, bounds, min_width, cost=self.limits.cost_model)
-        return tighten(self.channels, winning, score, bounds, min_width, self.limits.cost_model)
+        return self.limits.choose(score)
 
     def _prune(self, optimizer: torch.optim.Optimizer | None) -> None:
         kept = self._choose()

@@ -196,7 +196,8 @@ class Identities(TorchDispatchMode):
                     self.consume(tensor)
         self.rule_of(func, call.name)(self, call)
         if self.counting:
-            self.liveness.after((tensor, self.codes.get(tensor)) for tensor in outputs)
+            coded = ((tensor, self.codes.get(tensor)) for tensor in outputs)
+            self.liveness.after(call.name, tensors, coded)
         return out
 
     # What rules read and write

@@ -16,11 +16,13 @@ class Liveness:
 
     Attributes:
         storages: (bytes of a part, item size of floating-point numbers or 0, label of each part).
+        work: (operator, indices of the storages it reads and writes), views left out.
         moments: per moment the set of storages (indices) that are alive; the caller holds the inputs all along.
     """
 
     def __init__(self, model: nn.Module, inputs: Iterable[Tensor]) -> None:
         self.storages: list[tuple[float, int, Tensor]] = []
+        self.work: list[tuple[str, tuple[int, ...]]] = []
         self.moments: list[frozenset[int]] = []
         self._alive: dict[StorageWeakRef, int] = {}
         self._weights = {StorageWeakRef(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
@@ -31,10 +33,15 @@ class Liveness:
         """Look for what has died since the last operator."""
         self._alive = {reference: index for reference, index in self._alive.items() if not reference.expired()}
 
-    def after(self, outputs: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+    def after(self, operator: str, inputs: Iterable[Tensor], outputs: Iterable[tuple[Tensor, Tensor | None]]) -> None:
         """Add an operator's outputs with their codes; nothing has died while it ran."""
+        known = len(self.storages)
+        touched = [StorageWeakRef(tensor.untyped_storage()) for tensor in inputs]
         for tensor, codes in outputs:
             self._add(tensor, codes)
+            touched.append(StorageWeakRef(tensor.untyped_storage()))
+        if len(self.storages) > known or operator.endswith("_"):
+            self.work.append((operator, tuple({self._alive[each] for each in touched if each in self._alive})))
         moment = frozenset(self._alive.values())
         if self.moments and self.moments[-1] <= moment:
             self.moments.pop()  # the peak is not within another one

@@ -174,7 +174,8 @@ class Units:
     def _activations(self) -> Activations:
         alive = self.ids.liveness
         storages = [Storage(size, itemsize, self.of(labels)) for size, itemsize, labels in alive.storages]
-        return Activations(len(self.frozen), storages, [sorted(moment) for moment in alive.moments])
+        work = [(operator, [storages[index] for index in touched]) for operator, touched in alive.work]
+        return Activations(len(self.frozen), storages, [sorted(moment) for moment in alive.moments], work)
 
 
 def _tensor(ids: Identities, name: str) -> Tensor:

@@ -167,7 +167,7 @@ def fit(
     recipe |= {"warmup": warmup, "restart": restart, "schedule": schedule}
     recipe |= {"clip": clip, "ema": ema, **objective.described(), "loss": loss, "metric": metric, "augment": augment}
     recipe |= {"mixing": mixing, "accumulate": accumulate, "sync_batch_norm": sync_batch_norm}
-    recipe |= {"precision": precision, "seed": seed, "bounds": {} if pruned is None else pruned.report()["bounds"]}
+    recipe |= {"precision": precision, "seed": seed, "bounds": {} if pruned is None else _bounds(pruned.report())}
     recipe |= {"prune": Tailor if budget is not None else prune, "units": channels.units}
     recipe |= {"prunable": int(channels.prunable.sum())} | ({} if budget is None else _options(tailoring))
     recipe = identity.described(recipe)
@@ -276,6 +276,12 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
     options.pop("also", None)  # further inputs, drawn anew each time; what they reach is in the count of units
     options["ignore"] = [options["ignore"]] if isinstance(options["ignore"], str) else list(options["ignore"])
     return options
+
+
+def _bounds(report: Mapping) -> dict:
+    """Return a run's bounds as checkpoints compare them: a share of a measured latency is never twice the same."""
+    bounds = dict(report["bounds"])
+    return bounds | {"latency": str(report["requested"]["latency"])} if "latency" in bounds else bounds
 
 
 def _pruned(model, example, channels: Channels, steps: int, budget, prune, tailoring: dict) -> nn.Module | None:

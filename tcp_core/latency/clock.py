@@ -1,0 +1,58 @@
+"""Taking time on a machine that does other things as well."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+
+class LatencyError(RuntimeError):
+    """Latency cannot be measured here, or not well enough; the message says what to do."""
+
+
+class Timing(NamedTuple):
+    """Milliseconds, how far apart repeated measurements of it were, as a fraction of it, and the least of them."""
+
+    ms: float
+    spread: float
+    least: float
+
+
+def timed(runs: Sequence[Callable[[], None]], *, seconds: float = 1.0, rounds: int = 7) -> list[Timing]:
+    """Return the time of one call of each of ``runs``, which take turns so that other load hits them alike.
+
+    Medians of minima: each round keeps the fastest of a few calls, for whatever else runs can only add; the median over
+    rounds is reported, and as spread the distance of their quartiles over it. ``seconds`` is about what all of it
+    takes, if the calls do not take longer.
+    """
+    for run in runs:
+        run()  # the first call allocates and chooses kernels
+    share = seconds / rounds / len(runs)
+    minima: list[list[float]] = []
+    started = time.perf_counter()
+    while len(minima) < rounds:
+        minima.append([_fastest(run, share) for run in runs])
+        if time.perf_counter() - started > 3 * seconds and len(minima) >= 3:
+            break  # calls so long that a round is one call of each
+    return [of(samples) for samples in zip(*minima, strict=True)]
+
+
+def of(samples: Sequence[float]) -> Timing:
+    """Return the median of ``samples`` (milliseconds) with their spread."""
+    middle = statistics.median(samples)
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else (middle,) * 3
+    return Timing(middle, (high - low) / middle, min(samples))
+
+
+def _fastest(run: Callable[[], None], seconds: float) -> float:
+    """Return the milliseconds of the fastest of as many calls as there is time for, one at least."""
+    best, end = float("inf"), time.perf_counter() + seconds
+    while True:
+        started = time.perf_counter()
+        run()
+        now = time.perf_counter()
+        best = min(best, now - started)
+        if now >= end:
+            return 1000 * best

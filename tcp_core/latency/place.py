@@ -1,0 +1,257 @@
+"""Where latency is measured: one object, given once."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch import Tensor, distributed, nn
+from torch.utils import _pytree as pytree
+
+from ..channels import Channels
+from ..cost import CostBuilder, CostModel
+from ..removal import remove
+from .backends import backend_of
+from .clock import LatencyError, Timing
+from .model import Grids, LatencyCost
+from .table import STEPS, LayerCall, Table, fill_in, layer_calls, step_in
+
+TIMED = ("convolution", "addmm", "mm", "linear")
+"""Endings of the operators of layers, which are timed; all others move memory."""
+
+PROBES = 12
+"""Networks that a callable is asked about where it cannot time layers."""
+
+T = TypeVar("T")
+
+
+class Latency:
+    """The place where latency is measured, for ``Tailor(..., budget={"latency": "4 ms"}, latency=Latency(...))``.
+
+    Args:
+        backend: "torch", "compile" (torch.compile), "onnxruntime", or a callable. One of a single argument is called
+            with a network in eval mode and returns its milliseconds; one of two is called with a module and its input,
+            and can time single layers, which makes a better table.
+        batch: samples in one forward pass.
+        threads: of torch and onnxruntime.
+        device: where torch runs.
+        provider: of onnxruntime: "CPU", "CUDA", "Tensorrt", as far as it was built with them.
+        table: the file of measurements. It is read if it is there, and what it lacks is measured and added; by default
+            one for each place, in the user's cache folder. A callable's measurements are kept only if a file is given.
+        noise: the largest spread of repeated measurements that is accepted before training, as a fraction.
+        seconds: what one measurement of a network takes at least.
+        progress: show a progress bar while layers are timed.
+
+    Raises:
+        LatencyError: if the backend is not installed or has no such device.
+        ValueError: for other bad input.
+    """
+
+    def __init__(
+        self,
+        backend: str | Callable[..., float] = "torch",
+        *,
+        batch: int = 1,
+        threads: int = 1,
+        device: str = "cpu",
+        provider: str = "CPU",
+        table: str | Path | None = None,
+        noise: float = 0.1,
+        seconds: float = 2.0,
+        progress: bool = True,
+    ) -> None:
+        for name, value in (("batch", batch), ("threads", threads)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}; it must be an int of at least 1.")
+        if not noise > 0 or not seconds > 0:
+            raise ValueError(f"noise and seconds must be positive; got {noise!r}, {seconds!r}.")
+        self.backend = backend_of(backend, threads, device, provider)
+        self.backend.check()
+        self.batch, self.noise, self.seconds, self.progress = batch, noise, seconds, progress
+        self.place = {**self.backend.identity(), "batch": batch, "threads": threads}
+        if table is None and not callable(backend):
+            key = hashlib.sha256(repr(sorted(self.place.items())).encode()).hexdigest()[:12]
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            table = cache / "tcp_core" / f"latency-{key}.json"
+        self.table = Table.at(None if table is None else Path(table), self.place)
+
+    def __repr__(self) -> str:
+        return f"Latency({', '.join(f'{key} {value}' for key, value in self.place.items())})"
+
+    def cost(self, model: nn.Module, channels: Channels) -> LatencyCost:
+        """Return the latency of the networks that ``model`` can be made into, as a cost; layers are timed if need be.
+
+        Raises:
+            LatencyError: if a measurement fails.
+        """
+        args, kwargs = channels.example
+        if kwargs:
+            raise LatencyError("latency is measured with positional inputs; give example_input as a tensor or a tuple.")
+        calls = [call for call in layer_calls(model, args, kwargs) if _units(channels, call) is not None]
+
+        def measure(open_units: Tensor) -> tuple[Timing, Timing]:
+            return self._on_first(lambda: tuple(self.networks(model, channels, [open_units, None])))
+
+        if self.backend.times_layers:
+            self.table = self._on_first(lambda: self._filled(calls))
+            counts = self._counts(channels, calls)
+            tables = [self.table.layers[call.key] for call in calls]
+            steps = self.table.steps["in"], self.table.steps["out"]
+            return LatencyCost(counts, Grids(tables, steps), self.table.ms_per_byte, measure, self.noise)
+        fitted = self._on_first(lambda: self._fitted(model, channels, calls))
+        return self._by_macs(channels, calls, *fitted, measure)
+
+    def likes(self, cost: LatencyCost | None = None) -> tuple[int, ...]:
+        """Return the multiples that widths should be, largest first: the steps measured here, and what divides them.
+
+        Without ``cost``, of a backend that times layers, from a common convolution.
+        """
+        if cost is None:
+            self.table = self._on_first(lambda: self._filled([]))
+            steps = self.table.steps.values()
+        else:
+            steps = cost.grids.steps
+        return tuple(step for step in STEPS if 4 <= step <= max(steps)) or (1,)
+
+    def _filled(self, calls: Sequence[LayerCall]) -> Table:
+        fill_in(self.table, calls, self.backend, self.batch, self.progress)
+        self.table.save()
+        return self.table
+
+    def networks(self, model: nn.Module, channels: Channels, sets: Sequence[Tensor | None]) -> list[Timing]:
+        """Return the time of the network of each set of units (None: the dense one), measured side by side."""
+        args = pytree.tree_map(self._batched, channels.example[0])
+        jobs = []
+        for open_units in sets:
+            network = copy.deepcopy(model) if open_units is None else remove(model, channels, open_units, verify=False)
+            jobs.append((network.cpu().eval(), args))
+        return self.backend.measure(jobs, self.seconds)
+
+    def _batched(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        x = x.detach().cpu()
+        return x.expand(self.batch, *x.shape[1:]).contiguous() if x.ndim and x.shape[0] == 1 else x
+
+    def _counts(self, channels: Channels, calls: Sequence[LayerCall]) -> CostModel:
+        """Return which channel counts layers have, and the bytes that are moved outside of them."""
+        builder = CostBuilder(channels.units, ("layers", "traffic"))
+        for call in calls:
+            builder.add("layers", 1, *_units(channels, call))
+        for operator, storages in channels.activations.work:
+            if operator not in self.backend.fused and not operator.endswith(TIMED):
+                for storage in storages:
+                    builder.add("traffic", storage.bytes * self.batch, storage.units)
+        builder.add("traffic", 0.0)
+        return builder.build()
+
+    def _fitted(
+        self, model: nn.Module, channels: Channels, calls: Sequence[LayerCall]
+    ) -> tuple[float, float, tuple[int, int]]:
+        """Return milliseconds per multiply-accumulate and per byte, and steps of input and output channels.
+
+        The steps are those of the family that costs most, narrowed unit by unit; the others are such that macs, at
+        widths rounded up to the steps, and traffic explain best what whole networks take.
+        """
+
+        def ms(open_units: Tensor) -> float:
+            return self.networks(model, channels, [open_units])[0].ms
+
+        step = step_in({width: ms(open_units) for width, open_units in _narrowed(channels)} or {1: 1.0})
+        steps = step, step
+        trial = self._by_macs(channels, calls, 1.0, 1.0, steps)
+        sets = list(_probes(channels))
+        found, features = np.array([ms(z) for z in sets]), np.array([[*trial.parts(z), 1.0] for z in sets])
+        size = features.max(0).clip(1e-30)
+        weights, _ = nnls(features / size / found[:, None], np.ones(len(sets)))
+        per_mac, per_byte, _ = weights / size
+        return float(per_mac), float(per_byte), steps
+
+    def _by_macs(self, channels: Channels, calls, per_mac: float, per_byte: float, steps, measure=None) -> LatencyCost:
+        tables = []
+        for call in calls:
+            per_pair = per_mac * _macs(call) * self.batch / math.prod(call.widths)
+            left, right = ([*{min(width, step), width}] for width, step in zip(call.widths, steps, strict=True))
+            tables.append(
+                {
+                    "in": sorted(left),
+                    "out": sorted(right),
+                    "ms": [[per_pair * i * o for o in sorted(right)] for i in sorted(left)],
+                }
+            )
+        return LatencyCost(self._counts(channels, calls), Grids(tables, steps), per_byte, measure, self.noise)
+
+    @staticmethod
+    def _on_first(function: Callable[[], T]) -> T:
+        """Return what ``function`` returns in the first process: all must choose by the same measurements."""
+        if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+            return function()
+        answer: list[Any] = [None, None]
+        if distributed.get_rank() == 0:
+            try:
+                answer[0] = function()
+            except Exception as error:
+                answer[1] = error
+        distributed.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+
+def _units(channels: Channels, call: LayerCall) -> tuple[Tensor, Tensor] | None:
+    """Return the units of a layer's input and output channels (-1: fixed); None if it is no layer of the trace."""
+    weight = f"{call.name}.weight"
+    if all(layer.weight != weight for layer in channels.layers):
+        return None
+    slots = channels.slots.get(weight, (None, None))
+    outputs, inputs = (
+        torch.full((width,), -1) if units is None else units
+        for units, width in zip(slots[:2], call.widths[::-1], strict=True)
+    )
+    return (torch.tensor([-1]) if call.grouped else inputs), outputs
+
+
+def _macs(call: LayerCall) -> float:
+    """Return the multiply-accumulates of a layer on one sample."""
+    outputs = math.prod(_output_shape(call)[1:])
+    return outputs * call.module.weight[0].numel()
+
+
+def _output_shape(call: LayerCall) -> tuple[int, ...]:
+    with torch.device("meta"):
+        return tuple(copy.deepcopy(call.module).to("meta")(torch.empty(call.shape)).shape)
+
+
+def _narrowed(channels: Channels) -> Iterator[tuple[int, Tensor]]:
+    """Return widths, and the dense network with the family that costs most at that width: the upper 48, by twos."""
+    price = channels.cost_model.price({})["macs"]
+    whole = [family for family in channels.families if channels.prunable[family.units].all() and len(family.units) > 2]
+    if not whole:
+        return
+    units = max(whole, key=lambda family: (len(family.units) >= 64, float(price[family.units].sum()))).units
+    for width in range(len(units), max(2, len(units) - 48), -2):
+        open_units = torch.ones(channels.units, dtype=torch.bool)
+        open_units[units[width:]] = False
+        yield width, open_units
+
+
+def _probes(channels: Channels) -> Iterator[Tensor]:
+    """Return sets of units that stay: all, and random shares of each family's."""
+    generator = torch.Generator().manual_seed(0)
+    yield torch.ones(channels.units, dtype=torch.bool)
+    for _ in range(PROBES - 1):
+        open_units = torch.ones(channels.units, dtype=torch.bool)
+        for family in channels.families:
+            removable = family.units[channels.prunable[family.units]]
+            share = 0.2 + 0.8 * float(torch.rand((), generator=generator))
+            least = int(len(removable) == len(family.units))
+            open_units[removable[max(least, round(share * len(removable))) :]] = False
+        yield open_units

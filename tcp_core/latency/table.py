@@ -1,0 +1,223 @@
+"""The table: what single layers take at a grid of widths, kept as a file that can be used again and shared.
+
+Kernels have steps: a width of 36 costs what 48 costs where channels are processed by 16. The steps of a place are
+measured first; between two of them a layer costs what it costs at the upper one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .clock import LatencyError
+
+STEPS = (32, 16, 8, 4)
+FLAT = 0.3
+"""How far, on average, times may be from those at the upper end of their step, where a straight line would be 1."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a convolution or linear layer: its module's name, the module, and the shape of its input."""
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, ...]
+
+    @property
+    def grouped(self) -> bool:
+        """Whether inputs leave in step with outputs, so that there is one width."""
+        return getattr(self.module, "groups", 1) > 1
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Input and output width as the module is; the input's is 1 if it follows the output's."""
+        module = self.module
+        inputs, outputs = (
+            (module.in_features, module.out_features)
+            if isinstance(module, nn.Linear)
+            else (module.in_channels, module.out_channels)
+        )
+        return (1 if self.grouped else inputs), outputs
+
+    @property
+    def key(self) -> str:
+        """What the time depends on, as text."""
+        space = "x".join(map(str, self.shape[1:-1] if isinstance(self.module, nn.Linear) else self.shape[2:]))
+        return f"{self.module} at {space or 1}"
+
+    def job(self, inputs: int, outputs: int, batch: int) -> tuple[nn.Module, tuple[torch.Tensor]]:
+        """Return the layer with other widths, and an input for it."""
+        module, generator = self.module, torch.Generator().manual_seed(0)
+        bias = module.bias is not None
+        if isinstance(module, nn.Linear):
+            x = torch.randn(batch, *self.shape[1:-1], inputs, generator=generator)
+            return nn.Linear(inputs, outputs, bias).eval(), (x,)
+        groups = module.groups
+        if self.grouped:
+            groups = max(1, outputs * module.groups // module.out_channels)
+            inputs = groups * (module.in_channels // module.groups)
+            outputs = groups * (module.out_channels // module.groups)
+        options = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        layer = type(module)(inputs, outputs, module.kernel_size, groups=groups, bias=bias, **options)
+        return layer.eval(), (torch.randn(batch, inputs, *self.shape[2:], generator=generator),)
+
+
+def layer_calls(model: nn.Module, args: tuple, kwargs: dict) -> list[LayerCall]:
+    """Return the calls of torch's own convolutions and linear layers in the order in which they run, on one sample."""
+    names = {module: name for name, module in model.named_modules()}
+    found: list[LayerCall] = []
+
+    def note(module: nn.Module, inputs: tuple) -> None:
+        if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) and module in names:
+            found.append(LayerCall(names[module], module, tuple(inputs[0].shape)))
+
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(*args, **kwargs)
+    finally:
+        hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    return found
+
+
+def grid(width: int, step: int) -> list[int]:
+    """Return widths to measure at: every step up to four, then growing by a half, and the width itself."""
+    points = {min(width, step * n) for n in range(1, 5)} | {width}
+    point = 4.0 * step
+    while (point := point * 1.5) < width:
+        points.add(min(width, round(point / step) * step))
+    return sorted(points)
+
+
+@dataclass
+class Table:
+    """Measurements at one place.
+
+    Attributes:
+        place: what they depend on: backend, device, batch, threads.
+        steps: the widths at which input and output channels cost more, {"in": int, "out": int}; empty: not known yet.
+        ms_per_byte: of memory traffic between layers.
+        layers: by key, {"in": widths, "out": widths, "ms": milliseconds by input and output width}.
+        path: where the file is; None: nowhere.
+    """
+
+    place: dict[str, Any]
+    steps: dict[str, int] = field(default_factory=dict)
+    ms_per_byte: float | None = None
+    layers: dict[str, dict] = field(default_factory=dict)
+    path: Path | None = None
+
+    @classmethod
+    def at(cls, path: Path | None, place: Mapping[str, Any]) -> Table:
+        """Return the table in a file, an empty one if there is none.
+
+        Raises:
+            LatencyError: if it was measured at another place, or is no table.
+        """
+        if path is None or not path.exists():
+            return cls(dict(place), path=path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found = cls(content["place"], content["steps"], content["ms_per_byte"], content["layers"], path)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise LatencyError(f"{path} is no table of latencies ({type(error).__name__}: {error}).") from error
+        differ = [key for key in {**found.place, **place} if found.place.get(key) != place.get(key)]
+        if differ:
+            there, here = ({key: each.get(key) for key in differ} for each in (found.place, place))
+            raise LatencyError(
+                f"the table {path} was measured at another place: there {there}, here {here}. Give another path, or "
+                f"delete it to measure anew."
+            )
+        return found
+
+    def save(self) -> None:
+        """Write the file beside its place, then move it there."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = {name: getattr(self, name) for name in ("place", "steps", "ms_per_byte", "layers")}
+        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, self.path)
+
+    def missing(self, calls: Sequence[LayerCall]) -> list[LayerCall]:
+        """Return one call for each key that has not been measured."""
+        return list({call.key: call for call in calls if call.key not in self.layers}.values())
+
+
+def fill_in(table: Table, calls: Sequence[LayerCall], backend, batch: int, progress: bool) -> None:
+    """Measure what the table lacks, with a progress bar, and save it after each layer."""
+    missing = table.missing(calls)
+    if not missing and table.steps:
+        return
+
+    def ms(call: LayerCall, inputs: int, outputs: int) -> float:
+        # The least, not the median: a layer is so short that some calls are not interrupted on any machine.
+        return backend.measure([call.job(inputs, outputs, batch)], 0.02)[0].least
+
+    if not table.steps:
+        table.steps = _steps(backend)
+        table.ms_per_byte = _ms_per_byte(backend, batch)
+    ins, outs = table.steps["in"], table.steps["out"]
+    sizes = {call.key: (grid(call.widths[0], ins), grid(call.widths[1], outs)) for call in missing}
+    with _bar(sum(len(a) * len(b) for a, b in sizes.values()), progress) as bar:
+        for call in missing:
+            left, right = sizes[call.key]
+            times = []
+            for inputs in left:
+                times.append([ms(call, inputs, outputs) for outputs in right])
+                bar.update(len(right))
+            table.layers[call.key] = {"in": left, "out": right, "ms": times}
+            table.save()
+
+
+def _steps(backend) -> dict[str, int]:
+    """Return the largest step at which a common convolution is flat, for its input and its output channels."""
+    call = LayerCall("", nn.Conv2d(64, 64, 3, padding=1), (1, 64, 28, 28))
+    widths = range(18, 66, 2)
+    times = {}
+    for side in ("in", "out"):
+        jobs = [call.job(*((width, 64) if side == "in" else (64, width)), 1) for width in widths]
+        times[side] = {width: t.least for width, t in zip(widths, backend.measure(jobs, 1.0), strict=True)}
+    return {side: step_in(found) for side, found in times.items()}
+
+
+def step_in(times: Mapping[int, float]) -> int:
+    """Return the largest step that times by width have: each is as that at the upper end of its step. 1: none."""
+    reach = max(times.values()) - min(times.values())
+    if reach < 0.02 * max(times.values()):
+        return 1  # too little to tell
+    slope = reach / (max(times) - min(times))
+    for step in STEPS:
+        uppers = {width: -(-width // step) * step for width in times}
+        uppers = {width: up for width, up in uppers.items() if up != width and up in times}
+        off = sum(abs(times[width] - times[up]) for width, up in uppers.items())
+        if uppers and off <= FLAT * slope * sum(up - width for width, up in uppers.items()):
+            return step
+    return 1
+
+
+def _ms_per_byte(backend, batch: int) -> float:
+    """Return what moving a byte takes, from an element-wise operator on two sizes."""
+    sizes = (32, 128)
+    jobs = [(nn.ReLU().eval(), (torch.randn(batch, size, 28, 28),)) for size in sizes]
+    small, large = (timing.least for timing in backend.measure(jobs, 0.2))
+    return max(0.0, large - small) / (2 * 4 * batch * 28 * 28 * (sizes[1] - sizes[0]))
+
+
+def _bar(total: int, progress: bool):
+    """Return a progress bar over ``total`` measurements."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="timing layers", unit=" measurements", disable=not progress)

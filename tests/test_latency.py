@@ -1,0 +1,602 @@
+"""Latency as a budget, on made-up clocks with steps: no test here depends on how long anything takes."""
+
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tcp_core as tcp
+from tcp_core import nets
+from tcp_core.controller import Controller
+from tcp_core.cost import Budget
+from tcp_core.latency import table as tables
+from tcp_core.latency.clock import of, timed
+from tcp_core.latency.model import Grids
+from tcp_core.latency.table import Table, grid, step_in
+from tcp_core.selection import required_units, settle
+from tcp_core.study.comparators import pruner
+
+STEP = 8
+
+
+def up(width, step=STEP):
+    return -(-width // step) * step
+
+
+def layer_ms(layer, step=STEP):
+    """A made-up kernel that works on whole blocks of channels, and its call."""
+    if isinstance(layer, nn.Linear):
+        return 0.02  # no step of its own
+    inputs = 1 if layer.groups > 1 else up(layer.in_channels, step)
+    return 1e-5 * inputs * up(layer.out_channels, step) * math.prod(layer.kernel_size) + 0.01
+
+
+def of_network(network, step=STEP):
+    return 0.3 + sum(layer_ms(m, step) for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+
+
+def of_layer_too(module, x):
+    return of_network(module)
+
+
+def wrong_table(module, x):
+    """Whole networks take 30 % longer than their layers, and wide layers more so."""
+    if isinstance(module, (nn.Conv2d, nn.Linear, nn.ReLU)):
+        return of_network(module)
+    return 1.3 * of_network(module) + sum(
+        0.2 * layer_ms(m) for m in module.modules() if isinstance(m, nn.Conv2d) and m.out_channels > 32
+    )
+
+
+CLOCKS = {"networks": of_network, "layers": of_layer_too, "wrong": wrong_table}
+
+
+def ask(clock, network):
+    return clock(network) if clock is of_network else clock(network, None)
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    model = nets.build("resnet20", num_classes=10)
+    return model, tcp.trace(model, torch.randn(2, 3, 16, 16))
+
+
+def place(clock, **options):
+    return tcp.Latency(clock, progress=False, **options)
+
+
+def chosen(model, channels, budget, latency, steps=30, **options):
+    """A controller that has come to its end on made-up gradients, with the network that it leaves."""
+    cost = latency.cost(model, channels)
+    options = {"multiple": latency.likes(cost), "phase": (0.0, 1.0)} | options
+    controller = Controller(channels, budget, steps=steps, latency=cost, **options)
+    gradient = torch.rand(channels.units, generator=torch.Generator().manual_seed(1)) + 0.1
+    while not controller.frozen:
+        controller.update(gradient)
+    return controller, tcp.remove(model, channels, controller.gate > 0, verify=False)
+
+
+# -------------------------------------------------------------------------------------------------
+# The whole of it
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize("budget", [{"latency": 0.7}, {"latency": 0.4}, {"latency": "1.1 ms"}])
+def test_what_is_delivered_is_measured_and_97_to_100_percent_of_the_bound(resnet, clock, budget):
+    model, channels = resnet
+    controller, small = chosen(model, channels, budget, place(CLOCKS[clock]))
+    delivered, bound = ask(CLOCKS[clock], small), controller.bounds["latency"]
+    assert delivered == pytest.approx(controller.measured["latency"])
+    assert delivered == pytest.approx(controller.cost_model.exact(controller.gate > 0)["latency"])
+    assert 0.97 * bound <= delivered <= bound
+    assert controller.dense["latency"] == pytest.approx(ask(CLOCKS[clock], model))
+    if isinstance(budget["latency"], float):
+        assert bound == pytest.approx(budget["latency"] * ask(CLOCKS[clock], model))
+
+
+@pytest.mark.parametrize(
+    ("clock", "multiple"), [("networks", None), ("layers", None), ("wrong", None), ("layers", 1), ("networks", 4)]
+)
+def test_a_unit_that_crosses_no_step_is_kept(resnet, clock, multiple):
+    model, channels = resnet
+    options = {} if multiple is None else {"multiple": multiple}
+    controller, small = chosen(model, channels, {"latency": 0.5}, place(CLOCKS[clock]), **options)
+    assert controller.multiple in ((4, STEP) if multiple is None else (multiple,))
+    kept = controller.gate > 0
+    assert not kept.all()
+    delivered = ask(CLOCKS[clock], small)
+    for family in channels.families:
+        closed = family.units[~kept[family.units]][: controller.multiple]
+        if len(closed):
+            more = tcp.remove(model, channels, kept.index_fill(0, closed, True), verify=False)
+            assert ask(CLOCKS[clock], more) > delivered + 1e-9
+
+
+def test_latency_beside_macs_and_memory(resnet):
+    model, channels = resnet
+    budget = {"latency": 0.6, "macs": 0.6, "memory": 0.9}
+    controller, small = chosen(model, channels, budget, place(of_layer_too))
+    assert of_network(small) <= controller.bounds["latency"]
+    found = channels.cost(controller.gate > 0) | channels.bytes(controller.gate > 0)
+    assert found["macs"] <= controller.bounds["macs"]
+    assert found["memory"] <= controller.bounds["memory"]
+    assert max(found["macs"] / controller.bounds["macs"], of_network(small) / controller.bounds["latency"]) > 0.97
+
+
+def small_net():
+    return nn.Sequential(
+        *(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4)),
+    )
+
+
+def trained(tailor, steps, first=0):
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD(tailor.model.parameters(), lr=0.05)
+    x, y = torch.randn(8, 3, 8, 8, generator=generator), torch.randint(0, 4, (8,), generator=generator)
+    for _ in range(first, steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(tailor(x), y).backward()
+        optimizer.step()
+        tailor.step()
+
+
+def tailored(clock, budget, steps=60, **options):
+    torch.manual_seed(0)
+    options = {"latency": None if clock is None else place(clock), "phase": (0.0, 1.0)} | options
+    return tcp.Tailor(small_net(), torch.randn(2, 3, 8, 8), budget=budget, steps=steps, **options)
+
+
+def test_a_training_run_ends_within_the_latency_and_says_how_it_knows():
+    tailor = tailored(of_network, {"latency": 0.8})
+    trained(tailor, 60)
+    report = tailor.report()
+    assert of_network(tailor.finish()) == pytest.approx(report["current"]["latency"])
+    assert report["current"]["latency"] <= report["bounds"]["latency"]
+    assert report["measured"]["spread"] == 0
+    assert re.search(r"latency +\S+ ms +\S+ ms +\S+ ms", repr(report))
+    assert re.search(r"latency \S+ ms was measured, spread 0\.0%, .* callable of_network, .* batch 1", repr(report))
+
+
+def test_fit_passes_the_place_on_and_goes_on_from_checkpoints_although_the_clock_drifts(tmp_path):
+    x, y = torch.randn(64, 3, 8, 8), torch.randint(0, 4, (64,))
+    batches = list(zip(x.split(8), y.split(8), strict=True))
+
+    def run(clock, budget=0.8, **options):
+        torch.manual_seed(0)
+        budget = {"latency": budget}
+        options |= {"latency": place(clock), "phase": (0.0, 1.0), "lr": 0.01}
+        return tcp.fit(small_net(), batches, budget=budget, epochs=4, **options)
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, steps):
+        if step == 12:
+            raise Stop
+
+    expected = run(of_network)
+    with pytest.raises(Stop):
+        run(of_network, checkpoints=tmp_path, checkpoint_every=4, on_step=stop)
+    found = run(lambda network: 1.02 * of_network(network), checkpoints=tmp_path, checkpoint_every=4)
+    assert found.report["bounds"] == pytest.approx(expected.report["bounds"])
+    assert found.report["dense"] == pytest.approx(expected.report["dense"])
+    assert found.report["current"]["latency"] <= found.report["bounds"]["latency"]
+    with pytest.raises(tcp.training.checkpoints.CheckpointError, match="bounds"):
+        run(of_network, 0.7, checkpoints=tmp_path, checkpoint_every=4)
+
+
+def test_a_resumed_run_carries_the_correction():
+    tailor = tailored(wrong_table, {"latency": 0.8})
+    trained(tailor, 55)
+    assert tailor.controller.measured is not None
+    again = tailored(lambda module, x: 1.07 * wrong_table(module, x), {"latency": 0.8})
+    again.resume(tailor.progress())
+    for name in ("bounds", "dense", "floor", "measured", "multiple"):
+        assert getattr(again.controller, name) == pytest.approx(getattr(tailor.controller, name))
+    assert again.report()["current"] == pytest.approx(tailor.report()["current"])
+    assert again.controller.latency.calibration == tailor.controller.latency.calibration
+
+
+# -------------------------------------------------------------------------------------------------
+# The closed loop
+
+
+@given(
+    wrong=st.floats(0.7, 1.4),
+    bend=st.floats(-0.3, 0.3),
+    block=st.floats(0.002, 0.02),
+    bound=st.floats(0.2, 0.95),
+)
+@settings(max_examples=300)
+def test_the_loop_ends_near_the_bound_though_the_model_is_wrong(wrong, bend, block, bound):
+    units = round(1 / block)
+    calls = []
+
+    def choose(aim):  # a model that says every unit costs one block
+        return torch.arange(units) < int(aim / block + 1e-9)
+
+    def measure(winning):
+        calls.append(winning)
+        share = float(winning.sum()) * block
+        return wrong * share * (1 + bend * share)
+
+    winning, found, networks = settle(choose, measure, bound, floor=block)
+    assert found == measure(winning) <= bound
+    assert networks <= 10
+    room = measure(torch.arange(units) < int(winning.sum()) + 1)
+    assert found >= 0.97 * bound or room > bound or winning.all()
+
+
+def test_the_loop_returns_the_smallest_network_if_nothing_is_within_the_bound():
+    winning, found, _ = settle(lambda aim: torch.arange(10) < int(aim), lambda winning: 100.0, 5.0, floor=2.0)
+    assert (int(winning.sum()), found) == (2, 100.0)
+
+
+def test_the_loop_withstands_measurements_that_contradict_each_other():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        _, found, networks = settle(
+            lambda aim: torch.arange(1000) < int(aim * 1000),
+            lambda winning: float(winning.sum()) / 1000 * generator.normal(1, 0.05),
+            0.5,
+            floor=0.01,
+        )
+        assert 0.45 <= found <= 0.5
+        assert networks <= 10
+
+
+def test_a_run_that_cannot_stay_within_says_so(resnet):
+    model, channels = resnet
+    slow = [1.0]
+
+    def clock(network):
+        return of_network(network) * (1.0 if network_is_dense(network) else slow[0])
+
+    def network_is_dense(network):
+        return sum(p.numel() for p in network.parameters()) == channels.cost()["params"]
+
+    cost = place(clock).cost(model, channels)
+    controller = Controller(channels, {"latency": 0.5}, steps=100, latency=cost, multiple=8, phase=(0.0, 1.0))
+    slow[0] = 50.0
+
+    def run():
+        while not controller.frozen:
+            controller.update(torch.ones(channels.units))
+
+    with pytest.warns(RuntimeWarning, match=r"no network was measured within the latency of \S+ ms; the nearest"):
+        run()
+
+
+# -------------------------------------------------------------------------------------------------
+# The table
+
+
+@pytest.mark.parametrize("step", [1, 4, 8, 16, 32])
+def test_steps_are_found(step):
+    noise = np.random.default_rng(0)
+    for widths in (range(1, 65), range(18, 66, 2)):
+        times = {w: 0.1 + up(w, step) * (1 + 0.002 * noise.normal()) for w in widths}
+        assert step_in(times) == step
+    assert step_in({1: 1.0}) == 1
+    assert step_in({w: 1 + 1e-4 * w for w in range(1, 65)}) == 1  # no difference that could be told
+
+
+@pytest.mark.parametrize("step", [4, 8, 16])
+def test_steps_are_found_from_whole_networks(resnet, step):
+    model, channels = resnet
+    cost = place(lambda network: of_network(network, step)).cost(model, channels)
+    assert cost.grids.steps == (step, step)
+
+
+@given(width=st.integers(1, 2048), step=st.sampled_from([1, 4, 8, 16, 32]))
+def test_a_grid_has_the_steps_and_the_width_itself(width, step):
+    points = grid(width, step)
+    assert points == sorted(set(points))
+    assert points[-1] == width
+    assert all(min(width, n * step) in points for n in range(1, 5))
+    assert len(points) <= 24
+    assert all(point % step == 0 for point in points[:-1])
+
+
+@given(data=st.data(), steps=st.tuples(st.sampled_from([1, 4, 8]), st.sampled_from([1, 4, 8])))
+@settings(max_examples=100)
+def test_tables_are_read_as_they_were_measured(data, steps):
+    layers = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        left, right = (grid(data.draw(st.integers(1, 80)), step) for step in steps)
+        layers.append({"in": left, "out": right, "ms": [[a * b + 1.0 for b in right] for a in left]})
+    grids = Grids(layers, steps)
+    for _ in range(5):
+        at = [(data.draw(st.sampled_from(each["in"])), data.draw(st.sampled_from(each["out"]))) for each in layers]
+        widths = [np.array(side) for side in zip(*at, strict=True)]
+        np.testing.assert_allclose(grids(*widths), widths[0] * widths[1] + 1.0)
+        # one channel less costs the same, but at the lower end of a step
+        fewer = [np.maximum(width - 1, 1) for width in widths]
+        expected = [grids.up(width.astype(float), side) for side, width in enumerate(fewer)]
+        np.testing.assert_allclose(grids(*fewer), grids(*expected))
+        assert (grids(*fewer) <= grids(*widths)).all()
+
+
+def test_a_width_that_is_slower_than_the_next_is_not_paid_for():
+    grids = Grids([{"in": [1], "out": [4, 8, 16], "ms": [[5.0, 3.0, 4.0]]}], (1, 4))
+    assert grids(np.array([1]), np.array([4])) == grids(np.array([1]), np.array([8])) == 3.0
+
+
+def test_what_a_unit_adds(resnet):
+    model, channels = resnet
+    cost = place(of_layer_too).cost(model, channels)
+    cost.calibrate(required_units(channels, 1, 8))
+    controller, _ = chosen(model, channels, {"latency": 0.5}, place(of_layer_too), multiple=1)
+    kept = controller.gate > 0
+    extra = cost.marginal(kept)["latency"]
+    family = next(f for f in channels.families if 0 < kept[f.units].sum() < len(f.units) and len(f.layers) == 2)
+    closed = family.units[~kept[family.units]]
+    more = kept.index_fill(0, closed[:STEP], True)
+    added = cost.exact(more)["latency"] - cost.exact(kept)["latency"]
+    assert float(extra[closed[:STEP]].sum()) == pytest.approx(added)  # a whole step, shared by its units
+    one = kept.index_fill(0, closed[:1], True)
+    assert cost.exact(one)["latency"] == pytest.approx(cost.exact(more)["latency"])
+    assert cost.marginal(one)["latency"][closed[1:STEP]].abs().max() < 1e-12  # the rest of the step is free
+
+
+def counted(clock):
+    def ask(module, x):
+        ask.layers += isinstance(module, (nn.Conv2d, nn.Linear))
+        return clock(module, x)
+
+    ask.layers = 0
+    ask.__qualname__ = "counted"
+    return ask
+
+
+def test_a_second_run_reads_the_file_and_another_network_adds_to_it(resnet, tmp_path):
+    model, channels = resnet
+    path = tmp_path / "tables" / "latency.json"
+    first = counted(of_layer_too)
+    cost = place(first, table=path).cost(model, channels)
+    assert first.layers > 100
+    second = counted(of_layer_too)
+    again = place(second, table=path).cost(model, channels)
+    assert second.layers == 0
+    assert again.exact() == cost.exact()
+    other = small_net()
+    place(second, table=path).cost(other, tcp.trace(other, torch.randn(2, 3, 8, 8)))
+    assert second.layers > 0
+    before = len(json.loads(path.read_text())["layers"])
+    place(second, table=path).cost(model, channels)
+    assert len(json.loads(path.read_text())["layers"]) == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_table_that_was_interrupted_goes_on(resnet, tmp_path):
+    model, channels = resnet
+
+    def interrupted(module, x):
+        if isinstance(module, nn.Linear):
+            raise KeyboardInterrupt
+        return of_layer_too(module, x)
+
+    interrupted.__qualname__ = "counted"
+    path = tmp_path / "latency.json"
+    with pytest.raises(KeyboardInterrupt):
+        place(interrupted, table=path).cost(model, channels)
+    clock = counted(of_layer_too)
+    place(clock, table=path).cost(model, channels)
+    assert 0 < clock.layers < 50
+
+
+def test_tables_of_other_places_and_no_tables_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "latency.json"
+    Table({**place(of_layer_too).place, "device": "a phone", "batch": 8}, path=path).save()
+    with pytest.raises(
+        tcp.LatencyError, match=r"measured at another place: there .*a phone.*here .*its own.* delete it"
+    ):
+        place(of_layer_too, table=path)
+    path.write_text("{}")
+    with pytest.raises(tcp.LatencyError, match="is no table of latencies"):
+        place(of_layer_too, table=path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tcp.Latency("torch").table.path.parent == tmp_path / "tcp_core"
+    assert tcp.Latency("torch").table.path != tcp.Latency("torch", batch=2).table.path
+    assert place(of_layer_too).table.path is None
+
+
+def test_a_progress_bar_says_how_far_it_is(resnet, capsys):
+    model, channels = resnet
+    tcp.Latency(of_layer_too).cost(model, channels)
+    assert re.search(r"timing layers: 100%.*measurements", capsys.readouterr().err)
+
+
+# -------------------------------------------------------------------------------------------------
+# Widths that kernels like
+
+
+@pytest.mark.parametrize("latency", [None, of_layer_too, of_network])
+def test_multiples_that_the_place_likes(latency):
+    tailor = tailored(latency, {"macs": 0.5}, multiple="auto")
+    trained(tailor, 60)
+    report = tailor.report()
+    assert report["multiple"] == 4  # blocks of 8 would be more than 2 % of this budget
+    assert f"widths are multiples of {report['multiple']}" in repr(report)
+    assert all(width % 4 == 0 for name, width in report["widths"].items() if report["dense_widths"][name] >= 8)
+    assert 0.9 <= report["utilisation"]["macs"] <= 1
+    assert "latency" not in report["dense"]
+
+
+def test_wide_networks_get_the_larger_multiple(resnet):
+    _, channels = resnet
+    assert Controller(channels, {"macs": 0.5}, steps=100, multiple=(8, 4)).multiple == 4
+    wide = nn.Sequential(nn.Conv2d(3, 1024, 3), nn.ReLU(), nn.Conv2d(1024, 1024, 3), nn.ReLU(), nn.Conv2d(1024, 4, 3))
+    traced = tcp.trace(wide, torch.randn(1, 3, 8, 8))
+    assert Controller(traced, {"macs": 0.5}, steps=100, multiple=(8, 4)).multiple == 8
+
+
+# -------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_what_cannot_be_met_is_refused_with_what_can(resnet):
+    model, _ = resnet
+    with pytest.raises(
+        tcp.BudgetError, match=r"latency budget of 0\.1 ms .* is below the floor.* Give latency >= \S+ ms"
+    ):
+        tcp.Tailor(model, torch.randn(2, 3, 16, 16), budget={"latency": "0.1 ms"}, steps=100, latency=place(of_network))
+
+
+@pytest.mark.parametrize("answer", [math.nan, math.inf, 0.0, -1.0, None, "fast"])
+@pytest.mark.parametrize("arguments", [1, 2])
+def test_a_callable_that_returns_no_time(answer, arguments):
+    clock = (lambda network: answer) if arguments == 1 else (lambda module, x: answer)
+    with pytest.raises(
+        tcp.LatencyError, match=r"backend '.*lambda.*' returned .* must return milliseconds, a positive"
+    ):
+        tailored(clock, {"latency": 0.5})
+
+
+def test_a_machine_that_is_too_noisy(resnet):
+    generator = np.random.default_rng(0)
+
+    def noisy(network):
+        return of_network(network) * generator.uniform(0.5, 1.5)
+
+    with pytest.raises(
+        tcp.LatencyError, match=r"too noisy to measure latency: .* are \d+\.\d% apart, more than noise=10%"
+    ):
+        tailored(noisy, {"latency": 0.5})
+
+
+def test_options_that_make_no_sense():
+    with pytest.raises(tcp.BudgetError, match=r"latency budget needs a place .* latency=tcp\.Latency\("):
+        tailored(None, {"latency": 0.5})
+    with pytest.raises(ValueError, match=r"the budget has no bound on it: .*'latency': '4 ms'.* multiple='auto'"):
+        tailored(of_network, {"macs": 0.5})
+    with pytest.raises(ValueError, match="multiple='wide'; it must be an int of at least 1, or 'auto'"):
+        tailored(None, {"macs": 0.5}, multiple="wide")
+    with pytest.raises(ValueError, match="backend='tvm'; it must be one of torch, compile, onnxruntime, or a callable"):
+        tcp.Latency("tvm")
+    with pytest.raises(ValueError, match="batch=0; it must be an int of at least 1"):
+        tcp.Latency(of_network, batch=0)
+    with pytest.raises(ValueError, match="must be positive"):
+        tcp.Latency(of_network, noise=0)
+    with pytest.raises(tcp.LatencyError, match="torch has no device 'cuda:9' here"):
+        tcp.Latency("torch", device="cuda:9")
+    with pytest.raises(tcp.BudgetError, match="latency has no unit"):
+        tailored(of_network, {"latency": 4})
+
+
+def test_what_is_not_installed(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(tcp.LatencyError, match=r"no provider 'Fancy' here; it has .*CPU"):
+        tcp.Latency("onnxruntime", provider="Fancy")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(tcp.LatencyError, match=r"needs onnx, which is not installed: pip install onnx"):
+        tcp.Latency("onnxruntime")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(tcp.LatencyError, match=r"needs a C\+\+ compiler"):
+        tcp.Latency("compile")
+
+
+# -------------------------------------------------------------------------------------------------
+# Real clocks: that they run and leave the model alone; how long it takes is not looked at
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime", pytest.param("compile", marks=pytest.mark.slow)])
+def test_real_backends(backend, tmp_path, monkeypatch):
+    if backend == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(tables, "grid", lambda width, step: sorted({min(width, 16), width}))
+    torch.manual_seed(0)
+    model = small_net()
+    latency = tcp.Latency(backend, batch=2, noise=100, seconds=0.01, table=tmp_path / "t.json", progress=False)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    tailor = tcp.Tailor(model, torch.randn(2, 3, 8, 8), budget={"latency": 0.99}, steps=100, latency=latency)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.training
+    report = tailor.report()
+    assert 0 < report["floor"]["latency"]
+    assert 0 < report["dense"]["latency"]
+    place = json.loads((tmp_path / "t.json").read_text())["place"]
+    assert place["backend"].startswith({"torch": "torch 2", "compile": "torch.compile 2"}.get(backend, backend))
+
+
+def test_medians_of_minima():
+    assert of([3.0, 1.0, 2.0]) == (2.0, 0.5, 1.0)
+    assert of([4.0]) == (4.0, 0.0, 4.0)
+    calls = []
+    first, second = timed([lambda: calls.append(1), lambda: calls.append(2)], seconds=0.01, rounds=3)
+    assert first.ms > 0 < second.ms
+    assert {1, 2} == set(calls)
+
+
+def test_budgets_of_latency_are_compared_in_milliseconds():
+    assert Budget(latency="2 ms").resolve({"latency": 8.0}) == {"latency": 2.0}
+    assert Budget(latency=0.25).resolve({"latency": 8.0}) == {"latency": 2.0}
+
+
+def test_of_several_processes_the_first_measures(monkeypatch):
+    sent = [("what the first found", None)]
+
+    def receive(answer):
+        answer[:] = sent[0]
+
+    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 1)):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", receive)
+    here = tcp.Latency._on_first
+    assert here(lambda: pytest.fail("measured by another process")) == "what the first found"
+    sent[0] = (None, tcp.LatencyError("no clock"))
+    with pytest.raises(tcp.LatencyError, match="no clock"):
+        here(lambda: 1)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda answer: sent.append(tuple(answer)))
+    assert here(lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        here(lambda: 1 / 0)
+    assert sent[1] == (5, None)
+    assert isinstance(sent[2][1], ZeroDivisionError)  # the others raise it as well, instead of waiting
+
+
+def test_the_page_has_the_table_of_the_benchmark():
+    root = Path(__file__).resolve().parents[1]
+    spec = importlib.util.spec_from_file_location("latency_budget", root / "benchmarks" / "latency_budget.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    rows = json.loads((root / "results" / "benchmarks" / "latency_budget.json").read_text())["rows"]
+    page = (root / "docs" / "latency.md").read_text()
+    between = page.partition("<!-- table -->\n")[2].partition("\n<!-- end -->")[0]
+    assert between == benchmark.table(rows)
+    assert len(between.splitlines()) > 2
+
+
+def test_one_shot_comparators_have_the_same_table_and_loop(resnet):
+    model, channels = resnet
+    prune = pruner("uniform_l1", {"latency": 0.5}, latency=place(of_layer_too))
+    one_shot = prune(model, channels, 100)
+    bound = one_shot.limits.bounds["latency"]
+    assert 0.97 * bound <= of_network(one_shot.finish()) <= bound
+    assert one_shot.limits.measured["latency"] == pytest.approx(of_network(one_shot.finish()))
+    with pytest.raises(ValueError, match="torch_pruning knows neither multiples nor latency"):
+        pruner("torch_pruning", {"latency": 0.5}, latency=place(of_layer_too))
+    with pytest.raises(tcp.BudgetError, match="needs a place"):
+        pruner("uniform_l1", {"latency": 0.5})(model, channels, 100)
+
+
+def test_a_multiple_that_cannot_meet_the_budget_gives_way_to_a_smaller_one(resnet):
+    model, channels = resnet
+    cost = place(of_layer_too).cost(model, channels)
+    cost.calibrate(required_units(channels, 1, 16))
+    bound = 0.9 * cost.calibration["smallest"]
+    controller, small = chosen(model, channels, {"latency": f"{bound} ms"}, place(of_layer_too), multiple=(16, 8, 4))
+    assert controller.multiple == 8
+    assert 0.97 * bound <= of_network(small) <= bound
