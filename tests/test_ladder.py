@@ -139,6 +139,7 @@ def test_fit_says_where_a_list_of_budgets_is_taken(images):
         ({"budgets": [{"macs": 0.5}, {"flop": 0.1}], "epochs": 8}, BudgetError, "unknown budget key"),
         ({"budgets": [], "epochs": 8}, ValueError, "at least one"),
         ({"epochs": [8, 8, 1]}, ValueError, "steps=10 is too short"),
+        ({"unused": ["nothing"]}, ValueError, "nothing"),
         ({"epochs": [8, 8]}, ValueError, "3 budgets and 2 numbers of epochs"),
         ({"prune": None}, TypeError, "budgets="),
     ],

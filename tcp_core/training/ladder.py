@@ -144,7 +144,8 @@ def _planned(
     given = {name: options[name] for name in inspect.signature(Controller).parameters if name in options}
     batches = by_epoch(train, options.get("batch_size"), "none", 0, _device(model, options))(0)
     length = len(batches) // options.get("accumulate", 1)
-    channels = trace(model, next(iter(batches))[0][:2], ignore=options.get("ignore", ()))
+    tracing = {name: options[name] for name in ("ignore", "also", "unused") if name in options}
+    channels = trace(model, next(iter(batches))[0][:2], **tracing)
     dense: dict[str, float] = {}
     bounds = []
     for rung, (budget, passes) in enumerate(zip(budgets, epochs, strict=True)):
