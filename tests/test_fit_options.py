@@ -425,11 +425,11 @@ def test_all_of_it_goes_on_from_a_checkpoint(images, tmp_path, capsys, method):
     same(whole, resumed)
     torch.testing.assert_close(whole.last, resumed.last, rtol=0, atol=0)
     for more in ({"ema": 0.9}, {"teacher": network(2)}, {"clip": 2.0}, {"label_smoothing": 0.1}):
-        with pytest.raises(RuntimeError, match=f"checkpoints of another run: its {next(iter(more))}"):
+        with pytest.raises(RuntimeError, match=f"checkpoints of another run: .*{next(iter(more))}"):
             trained(tmp_path, **more)
-    with pytest.raises(RuntimeError, match="checkpoints of another run: its lr"):
+    with pytest.raises(RuntimeError, match="checkpoints of another run: .*lr"):
         trained(tmp_path, optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3))
-    with pytest.raises(RuntimeError, match="checkpoints of another run: its optimizer"):
+    with pytest.raises(RuntimeError, match="checkpoints of another run: .*optimizer"):
         trained(tmp_path, optimizer=lambda groups: torch.optim.Adam(groups, lr=2e-3))
 
 
