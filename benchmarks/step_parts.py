@@ -56,11 +56,13 @@ def main() -> None:
                 where = {"network": name, "precision": precision, "kind": kind}
                 parts.append(where | operators(Training(model, precision)))
             choices += compared(models["tailored"], {"network": name, "precision": precision}, options.rounds)
+    norms = batch_norms(3 * options.rounds)
+    print(pd.DataFrame(norms).to_string(index=False, float_format="{:.2f}".format))
     print(pd.DataFrame(parts).to_string(index=False, float_format="{:.1f}".format))
     print(pd.DataFrame(choices).to_string(index=False, float_format="{:.3f}".format))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"threads": 1, "batch_size": 128, "operators_ms": parts, "choices": choices}
+        result = {"threads": 1, "batch_size": 128, "operators_ms": parts, "choices": choices, "batch_norm_ms": norms}
         options.out.write_text(json.dumps(result | environment("cpu"), indent=2) + "\n")
 
 
@@ -106,6 +108,21 @@ def operators(training: Training) -> dict[str, float]:
         rest = whole - sum(spent.values()) - step
         found.append((time.process_time() - started, spent | {"optimiser": step, "rest": rest, "step": whole}))
     return min(found, key=lambda each: each[0])[1]
+
+
+def batch_norms(rounds: int) -> list[dict]:
+    """Return milliseconds of one batch norm, forward and backward, on maps of the first stage with so many channels."""
+    rows = []
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        calls = {}
+        for width in (16, 15, 13, 12, 8):
+            x, gradient = (torch.randn(128, width, 32, 32).to(dtype) for _ in range(2))
+            x, gradient = (each.contiguous(memory_format=torch.channels_last) for each in (x, gradient))
+            norm = nn.BatchNorm2d(width)
+            calls[width] = lambda norm=norm, x=x.requires_grad_(), g=gradient: norm(x).backward(g)
+        times = timing.summary(timing.interleaved(calls, rounds=rounds, clock=time.process_time))["ms"]
+        rows += [{"precision": precision, "channels": width, "ms": ms} for width, ms in times.items()]
+    return rows
 
 
 def compared(model: nn.Module, where: dict, rounds: int) -> list[dict]:

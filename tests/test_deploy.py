@@ -258,3 +258,7 @@ def test_the_page_on_scale_has_the_parts_of_a_step():
         assert f"| {dense['network']}, {dense['precision']} | {' | '.join(cells)} |" in page
     ratios = [row["over_default"] for row in measured["choices"] if row["choice"] != "default"]
     assert f"takes {min(ratios):.2f} to {max(ratios):.2f} of the default's time" in page
+    norms = {(row["precision"], row["channels"]): f"{row['ms']:.1f}" for row in measured["batch_norm_ms"]}
+    bf16, fp32 = ([norms[precision, width] for width in (16, 15, 12, 8)] for precision in ("bf16", "fp32"))
+    assert "{} ms with 16 channels, {} with 15, {} with 12 and {} with 8 in bf16".format(*bf16) in page
+    assert "{}, {}, {} and {} ms in fp32".format(*fp32) in page
