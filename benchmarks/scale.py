@@ -82,7 +82,7 @@ def gate_cost(model: nn.Module, channels: tcp.Channels) -> dict:
     gated = Gated(model, channels)
 
     def forward() -> dict[str, torch.Tensor]:
-        return gated_parameters(model, gated.sites, gated.index, gated.gate)
+        return gated_parameters(model, gated.sites, gated.gate)
 
     def both() -> None:
         outputs = list(forward().values())
@@ -97,7 +97,7 @@ def gate_cost(model: nn.Module, channels: tcp.Channels) -> dict:
         "gates_forward_backward_s": seconds(both, 3),
         "gated_copies_bytes": copied,
         "gate_gradient_bytes": gated.gate.nbytes,
-        "gate_index_bytes": gated.index.nbytes,
+        "gate_index_bytes": sum(site.units.nbytes for site in gated.sites),
         "parameter_gradient_bytes": sum(p.nbytes for p in model.parameters()),
     }
 

@@ -3,66 +3,208 @@
 A gate scales the affine parameters of every batch norm that carries its unit, and weight and bias of every
 convolution or linear layer whose raw output goes anywhere but into a batch norm. A closed gate makes its channels
 exactly zero wherever they are used, so removing them changes nothing.
+
+The multiplication happens where a module's parameter is read (``module.weight``) while the gated model runs, and again
+where activation checkpointing runs a part of it anew in mid-backward. At all other times the same attribute is the
+parameter itself: optimisers, clipping, ``state_dict`` and whatever else holds the model see nothing of the gates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import _engine_run_backward
+from torch.utils import checkpoint
 
 from .channels import Channels, GateSite
+from .outputs import tensors_in
 
-
-def gated_parameters(model: nn.Module, sites: Sequence[GateSite], index: Tensor, z: Tensor) -> dict[str, Tensor]:
-    """Return the parameters on which gates act, multiplied by their gates; differentiable in both.
-
-    ``index`` is all sites' units in one tensor, on the device of ``z``, float ``[units]``; the result maps qualified
-    names to tensors, for ``torch.func.functional_call``.
-    """
-    open_end = torch.cat([z, z.new_ones(1)])  # index -1, a channel that always stays, reads this one
-    gathered = open_end[index].split([len(site.units) for site in sites])
-    parameters = {}
-    for site, gate in zip(sites, gathered, strict=True):
-        if site.constant:
-            norm = model.get_submodule(site.weight.rpartition(".")[0])
-            like = norm.running_mean if norm.running_mean is not None else next(model.parameters())
-            parameters[site.weight] = gate.to(like.dtype)
-            parameters[site.bias] = torch.zeros_like(parameters[site.weight])
-            continue
-        # A weight with two sites (used plainly and transposed) is gated along both dimensions.
-        weight = parameters.get(site.weight, model.get_parameter(site.weight))
-        shape = [1] * weight.ndim
-        shape[site.dim] = -1
-        parameters[site.weight] = weight * gate.to(weight.dtype).view(shape)
-        if site.bias is not None and site.bias not in parameters:
-            bias = model.get_parameter(site.bias)
-            parameters[site.bias] = bias * gate.to(bias.dtype)
-    return parameters
+BINDING = "_gates_of_this_module"
+"""Where a module keeps what gates its own parameters; gone once the network is smaller."""
 
 
 class Gated(nn.Module):
-    """A model with gates; called like the model. ``gate`` is float ``[units]``, a parameter that starts open."""
+    """A model with gates; called like the model.
+
+    ``gate`` is float32 ``[units]``, all ones at first; a backward pass leaves the loss's gradient with respect to it in
+    ``gate.grad``. It is no parameter: what clips, scales or decays ``parameters()`` does not touch it, and
+    DistributedDataParallel does not average its gradient.
+    """
 
     def __init__(self, model: nn.Module, channels: Channels) -> None:
         super().__init__()
         self.model = model
-        self.gate = nn.Parameter(torch.ones(channels.units, device=_device(model)))
+        self.gates = Gates(torch.ones(channels.units, device=_device(model), requires_grad=True))
         # where no unit can ever be closed (a stream behind layer norm), a gate would only copy the weight at every step
         self.sites = tuple(site for site in channels.sites if not channels.frozen[site.units[site.units >= 0]].all())
-        units = torch.cat([site.units for site in self.sites]) if self.sites else torch.zeros(0, dtype=torch.int64)
-        self.register_buffer("index", units.to(self.gate.device), persistent=False)
-        self.places = _places(model)
+        self.bind()
+
+    @property
+    def gate(self) -> Tensor:
+        """The gates, a leaf tensor ``[units]``."""
+        return self.gates.gate
 
     def forward(self, *args, **kwargs):
         """Run the model with gated parameters."""
         if not self.sites:
             return self.model(*args, **kwargs)
-        gated = gated_parameters(self.model, self.sites, self.index, self.gate)
-        gated = {place: tensor for name, tensor in gated.items() for place in self.places.get(name, (name,))}
-        return functional_call(self.model, gated, args, kwargs, tie_weights=False)
+        if not self.is_bound():
+            self.bind()
+        gates = self.gates
+        before, gates.acting = gates.acting, True
+        try:
+            output = self.model(*args, **kwargs)
+        finally:
+            gates.acting = before
+        if torch.is_grad_enabled():
+            gates.pending = True
+            if not torch.compiler.is_compiling():
+                gates.watch(output)
+        return output
+
+    @torch.compiler.disable
+    def bind(self) -> None:
+        """Have the modules of the model read their parameters through this object's gates, while these act."""
+        self.release()
+        self.gates.bound = True
+        before = []
+        for name, factors in _factors_by_module(self.model, self.sites, self.gate.device).items():
+            module = self.model.get_submodule(name)
+            before.append((module, module.__dict__.get(BINDING)))
+            _bind(module, Binding(self.gates, factors))
+            parent, _, child = name.rpartition(".")
+            self.bound.append((self.model.get_submodule(parent) if name else None, child, module))
+        self._releasing = weakref.finalize(self, _release, self.gates, before)
+        self._releasing.atexit = False
+
+    def is_bound(self) -> bool:
+        """Whether the modules are still those that were bound, and to these gates: they may have been replaced."""
+        return bool(self.bound) and all(
+            (parent is None or parent._modules.get(child) is module)
+            and (binding := module.__dict__.get(BINDING)) is not None
+            and binding.gates is self.gates
+            for parent, child, module in self.bound
+        )
+
+    def release(self) -> None:
+        """Make the modules read their parameters as they did before they were bound."""
+        if releasing := self.__dict__.pop("_releasing", None):
+            releasing()
+        self.bound: list[tuple[nn.Module | None, str, nn.Module]] = []
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of the parameters and of the gates."""
+        super().zero_grad(set_to_none)
+        self.gate.grad = None
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        device = fn(self.gate.detach()).device
+        if device != self.gate.device:
+            gradient, self.gate.grad = self.gate.grad, None
+            self.gate.data = self.gate.data.to(device)
+            self.gate.grad = None if gradient is None else gradient.to(device)
+            self.bind()
+        return self
+
+    def __getstate__(self) -> dict:
+        # A copy has modules of its own, which it binds when it is first called.
+        return {name: value for name, value in self.__dict__.items() if name != "_releasing"} | {"bound": []}
+
+
+class Gates:
+    """The gates of one model, and when they act on what its modules read.
+
+    Attributes:
+        gate: float ``[units]``, a leaf tensor.
+        acting: whether the gated model is running.
+        pending: whether a backward pass of it may still come, in which a part of it may run anew.
+        backward: whether such a backward pass is running, as far as the model's outputs tell.
+        bound: whether modules are to read through them.
+    """
+
+    def __init__(self, gate: Tensor) -> None:
+        self.gate = gate
+        self.acting = self.pending = self.backward = self.bound = False
+
+    def act(self) -> bool:
+        """Whether a parameter that is read now is to be gated."""
+        if self.acting:
+            return True
+        if not self.pending:
+            return False
+        if torch.compiler.is_compiling():  # which cannot ask whether a backward pass is running
+            return self.backward
+        if torch._C._current_graph_task_id() == -1:
+            return False
+        # Checkpointing enables gradients in mid-backward and runs what it had not stored; hooks run without them.
+        return torch.is_grad_enabled() or _computing_anew()
+
+    def watch(self, output: Any) -> None:
+        """Note when the backward pass of these outputs begins and ends, for checkpointed parts that are compiled."""
+        self.backward = False
+        for tensor in tensors_in(output).values():
+            if tensor.requires_grad:
+                tensor.register_hook(self._begin)
+
+    def _begin(self, _: Tensor) -> None:
+        self.backward = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        self.backward = False
+
+
+class Factor(NamedTuple):
+    """One site's gates: units to read (int64 ``[size]``), where they are not fixed (None: nowhere), the shape to view
+    them in, and the dtype of the constant that they stand for (None: they scale a parameter).
+    """
+
+    units: Tensor
+    inside: Tensor | None
+    shape: tuple[int, ...]
+    constant: torch.dtype | None
+
+    def of(self, gate: Tensor) -> Tensor:
+        """Return the gates of this site, 1 where a channel always stays."""
+        values = gate.index_select(0, self.units)
+        return values if self.inside is None else values.where(self.inside, 1.0)
+
+    def apply(self, parameter: Tensor | None, key: str, gate: Tensor) -> Tensor:
+        """Return the parameter as the gates leave it."""
+        values = self.of(gate)
+        if self.constant is not None:  # a batch norm without affine parameters
+            return values.to(self.constant) if key == "weight" else torch.zeros_like(values, dtype=self.constant)
+        return parameter * values.to(device=parameter.device, dtype=parameter.dtype).view(self.shape)
+
+
+class Binding(NamedTuple):
+    """What gates a module's parameters: the gates, and by parameter the factors that apply."""
+
+    gates: Gates
+    factors: dict[str, tuple[Factor, ...]]
+
+    def gated(self, key: str, parameter: Tensor | None) -> Tensor:
+        """Return the module's parameter ``key`` as the gates leave it."""
+        for factor in self.factors[key]:
+            parameter = factor.apply(parameter, key, self.gates.gate)
+        return parameter
+
+
+def gated_parameters(model: nn.Module, sites: Iterable[GateSite], gate: Tensor) -> dict[str, Tensor]:
+    """Return, by qualified name, the parameters on which gates (float ``[units]``) act, multiplied by them."""
+    gates, found = Gates(gate), {}
+    parameters = dict(model.named_parameters())
+    for name, factors in _factors(model, sites, gate.device).items():
+        key = name.rpartition(".")[2]
+        found[name] = Binding(gates, {key: factors}).gated(key, parameters.get(name))
+    return found
 
 
 def close(model: nn.Module, channels: Channels, open_units: Tensor) -> Gated:
@@ -73,16 +215,114 @@ def close(model: nn.Module, channels: Channels, open_units: Tensor) -> Gated:
     return gated
 
 
-def _places(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return every place of each parameter, by the name it goes by.
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module as it is without gates."""
+    kind = type(module)
+    return kind.__bases__[0] if BINDING in kind.__dict__ else kind
 
-    torch's own tie_weights counts a module that is reachable under two names twice, and then does not restore it.
-    """
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sites and the modules that read them
+
+
+def _factors(model: nn.Module, sites: Iterable[GateSite], device: torch.device) -> dict[str, tuple[Factor, ...]]:
+    """Return, by qualified name, what multiplies each parameter; one used plainly and transposed has two factors."""
+    found: dict[str, tuple[Factor, ...]] = {}
+    for site in sites:
+        inside = site.units >= 0
+        units = site.units.clamp(min=0).to(device)
+        mask = None if inside.all() else inside.to(device)
+        if site.constant:
+            norm = model.get_submodule(site.weight.rpartition(".")[0])
+            like = norm.running_mean if norm.running_mean is not None else next(model.parameters())
+            for name in (site.weight, site.bias):
+                found[name] = (Factor(units, mask, (-1,), like.dtype),)
+            continue
+        shape = [1] * model.get_parameter(site.weight).ndim
+        shape[site.dim] = -1
+        found[site.weight] = (*found.get(site.weight, ()), Factor(units, mask, tuple(shape), None))
+        if site.bias is not None and site.bias not in found:
+            found[site.bias] = (Factor(units, mask, (-1,), None),)
+    return found
+
+
+def _factors_by_module(
+    model: nn.Module, sites: Iterable[GateSite], device: torch.device
+) -> dict[str, dict[str, tuple[Factor, ...]]]:
+    """Return the factors by module and by the name the parameter goes by in it, for every place of each parameter."""
     places: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():
-        for key, parameter in module.named_parameters(prefix, recurse=False):
-            places.setdefault(id(parameter), []).append(key)
-    return {name: tuple(places[id(parameter)]) for name, parameter in model.named_parameters()}
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            places.setdefault(id(parameter), []).append(name)
+    parameters = dict(model.named_parameters())
+    found: dict[str, dict[str, tuple[Factor, ...]]] = {}
+    for name, factors in _factors(model, sites, device).items():
+        for place in places[id(parameters[name])] if name in parameters else (name,):
+            module, _, key = place.rpartition(".")
+            found.setdefault(module, {})[key] = factors
+    return found
+
+
+def _computing_anew() -> bool:
+    """Say whether, in a backward pass, the code that runs without gradients is part of what checkpointing runs anew.
+
+    A checkpoint in a checkpoint runs its part without gradients. A hook, from which nothing must be hidden, is called
+    by the engine itself.
+    """
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not _engine_run_backward.__code__:
+        if frame.f_code is BackwardCFunction.apply.__code__ or frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _bind(module: nn.Module, binding: Binding) -> None:
+    """Give the module a subclass of its class in which the bound parameters are read through the gates."""
+    plain, keys = plain_class(module), tuple(binding.factors)
+    # one for all modules of a kind, for torch.compile specialises on classes
+    known = [kind for kind in plain.__subclasses__() if kind.__dict__.get(BINDING) == keys]
+    if not known:
+        members = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, BINDING: keys}
+        members |= {"__reduce_ex__": _reduced, **{key: _reader(key) for key in keys}}
+        known = [type(plain.__name__, (plain,), members)]
+    module.__class__ = known[0]
+    module.__dict__[BINDING] = binding
+
+
+def _release(gates: Gates, before: Iterable[tuple[nn.Module, Binding | None]]) -> None:
+    """Bind modules to what they were bound to before, if that still wants them; else make them plain."""
+    gates.bound = False
+    for module, binding in before:
+        now = module.__dict__.pop(BINDING, None)
+        if now is not None and now.gates is not gates:
+            module.__dict__[BINDING] = now
+        elif binding is not None and binding.gates.bound:
+            _bind(module, binding)
+        else:
+            module.__class__ = plain_class(module)
+
+
+def _reader(key: str) -> property:
+    def read(module: nn.Module) -> Tensor | None:
+        parameter = module._parameters.get(key)
+        binding = module.__dict__.get(BINDING)
+        return binding.gated(key, parameter) if binding is not None and binding.gates.act() else parameter
+
+    return property(read)
+
+
+def _reduced(module: nn.Module, protocol: int) -> tuple:
+    """Copy or pickle the module as it is without gates."""
+    plain = plain_class(module)
+    made, arguments, state, *rest = plain.__reduce_ex__(module, protocol)
+    arguments = tuple(plain if argument is type(module) else argument for argument in arguments)
+    state = {name: value for name, value in state.items() if name != BINDING}
+    return (_new if made.__name__ == "__newobj__" else made), arguments, state, *rest
+
+
+def _new(kind: type[nn.Module], *arguments: Any) -> nn.Module:
+    return kind.__new__(kind, *arguments)
 
 
 def _device(model: nn.Module) -> torch.device:

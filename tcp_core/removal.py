@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from .carrying import Kept, cut_value, take
 from .channels import Channels, stays
 from .state import non_leaf_tensors
 from .verification import compare
@@ -38,26 +39,14 @@ def remove(
     open_units = channels.check(open_units)
     check_same_model(model, channels)
     small, replaced = resized(model, lambda name, tensor: take(tensor, channels.kept(name, open_units)))
-    modules = dict(small.named_modules())
-    for padding in channels.paddings:
-        amounts = list(modules[padding.module].padding)
-        for side, units in enumerate((padding.before, padding.after)):
-            amounts[padding.position + side] = int(stays(units, open_units).sum())
-        modules[padding.module].padding = tuple(amounts)
+    for name, amounts in paddings(model, channels, open_units).items():
+        small.get_submodule(name).padding = amounts
     if verify:
         compare(model, small, channels, open_units)
     if optimizer is not None:
         kept = {id(p): channels.kept(name, open_units) for name, p in model.named_parameters()}
         carry_over(optimizer, replaced, kept)
     return small
-
-
-def take(tensor: Tensor, kept: tuple[Tensor | None, ...]) -> Tensor:
-    """Return ``tensor`` with dimension ``d`` indexed by ``kept[d]`` (None keeps it whole)."""
-    for dim, index in enumerate(kept):
-        if index is not None:
-            tensor = tensor.index_select(dim, index.to(tensor.device))
-    return tensor
 
 
 def resized(model: nn.Module, index: Callable[[str, Tensor], Tensor]) -> tuple[nn.Module, dict[int, Tensor]]:
@@ -80,52 +69,69 @@ def resized(model: nn.Module, index: Callable[[str, Tensor], Tensor]) -> tuple[n
     kept = {id(tensor): tensor.detach().clone() for tensor in non_leaf_tensors(model)}
     small = copy.deepcopy(model, new | kept)
     for old, module in zip(model.modules(), small.modules(), strict=True):
-        _fit_attributes(module, old._parameters.get("weight"))
-        remember_dense(module, _own_shapes(old))
+        changed = sizes(old, lambda tensor: new[id(tensor)].shape)
+        changed |= remembered(old, {name: tuple(tensor.shape) for name, tensor in own_tensors(module).items()})
+        for name, value in changed.items():
+            setattr(module, name, value)
     return small, new
 
 
-def remember_dense(module: nn.Module, before: Mapping[str, tuple[int, ...]]) -> None:
-    """Keep, as ``module.dense_shapes``, the shapes that a module's own tensors had before any was cut.
+def remembered(module: nn.Module, after: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return, as ``{"dense_shapes": ...}``, the shapes of a module's own tensors before any was cut, if one is cut now.
 
-    ``before`` are those before the last cut. Whoever saves, stacks or wraps the module can then tell what it came from.
+    ``after`` are the shapes they are to have. Whoever saves, stacks or wraps the module can then tell what it came
+    from.
     """
-    if before != _own_shapes(module):
-        module.dense_shapes = dict(before) | getattr(module, "dense_shapes", {})
+    before = {name: tuple(tensor.shape) for name, tensor in own_tensors(module).items()}
+    return {"dense_shapes": before | getattr(module, "dense_shapes", {})} if before != dict(after) else {}
 
 
 def dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter and buffer in the dense network, by qualified name."""
     return {
-        f"{prefix}.{name}" if prefix else name: tuple(getattr(module, "dense_shapes", {}).get(name, shape))
+        f"{prefix}.{name}" if prefix else name: tuple(getattr(module, "dense_shapes", {}).get(name, tensor.shape))
         for prefix, module in model.named_modules(remove_duplicate=False)
-        for name, shape in _own_shapes(module).items()
+        for name, tensor in own_tensors(module).items()
     }
 
 
-def _own_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module itself, by the names they go by in it."""
     own = (*module._parameters.items(), *module._buffers.items())
-    return {name: tuple(tensor.shape) for name, tensor in own if tensor is not None}
+    return {name: tensor for name, tensor in own if tensor is not None}
 
 
-def _fit_attributes(module: nn.Module, old_weight: Tensor | None) -> None:
+def sizes(module: nn.Module, shape: Callable[[Tensor], torch.Size]) -> dict[str, int]:
+    """Return the sizes that one of torch's own modules keeps beside its tensors, as these are to be.
+
+    ``shape(tensor)`` is the shape that a parameter or buffer of ``module`` is to have.
+    """
     # Not module.weight: a parametrization computes it, and may change its state by that.
     weight = module._parameters.get("weight")
     if isinstance(module, nn.modules.batchnorm._NormBase):
         sized = weight if weight is not None else module.running_mean
-        module.num_features = module.num_features if sized is None else len(sized)
-    elif weight is None:
-        return
-    elif isinstance(module, nn.modules.conv._ConvNd):
+        return {} if sized is None else {"num_features": shape(sized)[0]}
+    if weight is None:
+        return {}
+    if isinstance(module, nn.modules.conv._ConvNd):
         # Whole groups leave together, so channels per group stay: groups shrink in step with the grouped dimension.
-        if module.groups > 1:
-            module.groups = module.groups * weight.shape[0] // old_weight.shape[0]
-        sides = weight.shape[0], weight.shape[1] * module.groups
-        module.in_channels, module.out_channels = sides if module.transposed else sides[::-1]
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(weight)
+        groups = module.groups * shape(weight)[0] // weight.shape[0] if module.groups > 1 else 1
+        sides = shape(weight)[0], shape(weight)[1] * groups
+        inside, outside = sides if module.transposed else sides[::-1]
+        return {"groups": groups, "in_channels": inside, "out_channels": outside}
+    if isinstance(module, nn.Linear):
+        return {"out_features": shape(weight)[0], "in_features": shape(weight)[1]}
+    return {"num_parameters": shape(weight)[0]} if isinstance(module, nn.PReLU) else {}
+
+
+def paddings(model: nn.Module, channels: Channels, open_units: Tensor) -> dict[str, tuple[int, ...]]:
+    """Return, by name, the ``padding`` of the modules that pad channels, with only ``open_units`` left."""
+    found: dict[str, list[int]] = {}
+    for padding in channels.paddings:
+        amounts = found.setdefault(padding.module, list(model.get_submodule(padding.module).padding))
+        for side, units in enumerate((padding.before, padding.after)):
+            amounts[padding.position + side] = int(stays(units, open_units).sum())
+    return {name: tuple(amounts) for name, amounts in found.items()}
 
 
 def check_same_model(model: nn.Module, channels: Channels) -> None:
@@ -148,12 +154,10 @@ def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors}
 
 
-def carry_over(
-    optimizer: torch.optim.Optimizer, replaced: dict[int, Tensor], kept: dict[int, tuple[Tensor | None, ...]]
-) -> None:
+def carry_over(optimizer: torch.optim.Optimizer, replaced: dict[int, Tensor], kept: dict[int, Kept]) -> None:
     """Point ``optimizer`` at the smaller network's parameters, its state indexed along.
 
-    State of another shape than its parameter (factored moments) cannot be indexed: it starts anew for that parameter.
+    State that is not understood (see :func:`tcp_core.carrying.cut_value`) starts anew for its parameter.
     """
     for group in optimizer.param_groups:
         for position, old in enumerate(group["params"]):
@@ -161,9 +165,9 @@ def carry_over(
                 continue
             group["params"][position] = new
             state = optimizer.state.pop(old, {})
-            tensors = [value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1]
-            if state and all(value.shape == old.shape for value in tensors):
-                optimizer.state[new] = {
-                    key: take(value, kept[id(old)]) if isinstance(value, Tensor) and value.shape == old.shape else value
-                    for key, value in state.items()
-                }
+            cut = {
+                key: cut_value(key, value, old.shape, kept[id(old)]) if isinstance(value, Tensor) else value
+                for key, value in state.items()
+            }
+            if state and not any(isinstance(value, Tensor) and cut[key] is None for key, value in state.items()):
+                optimizer.state[new] = cut

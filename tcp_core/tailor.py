@@ -14,7 +14,8 @@ from .controller import Controller
 from .cost import Budget, amount
 from .explanation import NOT_UNDERSTOOD, in_words
 from .gates import Gated
-from .removal import check_same_model, remove
+from .removal import check_same_model
+from .shrinking import Average, Holders, check_holders, holders, network_in, shrink
 from .tracing import trace
 
 NOTABLE = 0.1
@@ -38,6 +39,9 @@ class Tailor(Gated):
             a budget of latency, else 1.
         latency: where latency is measured, a :class:`tcp_core.Latency`; needed for a budget of it.
         channels: the model's trace, if it has been made already.
+        carry: moving averages of the model that exist already; later ones are given to :meth:`carry`.
+        process_group: the processes whose gradients are averaged; those of the DistributedDataParallel that wraps the
+            Tailor if None.
         options: further options of :class:`Controller` (``phase``, ``lookahead``, ``ramp``).
 
     Raises:
@@ -50,7 +54,7 @@ class Tailor(Gated):
         >>> for x, y in loader:  # doctest: +SKIP
         ...     loss = loss_fn(tailor(x), y)
         ...     optimizer.zero_grad(); loss.backward(); optimizer.step()
-        ...     tailor.step(optimizer)
+        ...     tailor.step()
         >>> small = tailor.finish()  # doctest: +SKIP
     """
 
@@ -68,6 +72,8 @@ class Tailor(Gated):
         multiple: int | str | None = None,
         latency: Any = None,
         channels: Channels | None = None,
+        carry: Iterable[Average] = (),
+        process_group: Any = None,
         **options: Any,
     ) -> None:
         _check_trainable(model)
@@ -89,6 +95,11 @@ class Tailor(Gated):
         self.measured_at = "" if budget.latency is None else repr(latency)
         self.shrunk = False
         self.largest_gate_removed: float | None = None
+        self.process_group = process_group
+        self.group: Any = None
+        self.checked = False  # whether the first step has found everything that holds the model fit to go on
+        self.carried: list[tuple[Average, Average]] = []
+        self.carry(*carry)
 
     @property
     def frozen(self) -> bool:
@@ -110,32 +121,60 @@ class Tailor(Gated):
         """One dict per re-ranking, see :class:`Controller`."""
         return self.controller.trajectory
 
-    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Move the gates; call it after each ``backward()`` (once per optimiser step if gradients are accumulated).
+    def carry(self, *averages: Average) -> None:
+        """Keep moving averages in step: their gates while these close, their sizes when the network is made smaller.
 
-        With ``optimizer``, the network is made physically smaller as soon as its set is frozen, the optimiser's
-        state carried along, and the rest of the run is faster. Without, it is made smaller by :meth:`finish`.
+        Each is a module that holds a copy of the model or of the Tailor (``AveragedModel(tailor)``, timm's
+        ``ModelEmaV3``) or a dict of tensors by the names of ``model.state_dict()``. An average that is not carried
+        raises at its first update after that, for its tensors have other shapes.
 
         Raises:
-            RuntimeError: if no backward pass went through the Tailor since the last step.
+            ValueError: if there is no copy of the network in it.
         """
-        if not self.frozen:
-            if self.gate.grad is None:
-                raise RuntimeError(
-                    "step() found no gradient of the gates: call it after loss.backward(), with a loss computed from "
-                    "tailor(x), not model(x); and once per backward."
-                )
-            self.controller.update(self.gate.grad)
-            self.gate.grad = None
-            # Assigned, not accumulated: whatever an optimiser that holds the gates did to them is undone.
-            self.gate.data.copy_(self.controller.gate)
-            if self.frozen:
-                self.gate.requires_grad_(False)
-        if self.frozen and optimizer is not None and not self.shrunk:
-            self._shrink(optimizer)
+        networks = [network_in(average, self.channels) for average in averages]
+        self.carried += zip(averages, networks, strict=True)
+        self._share_gates()
 
-    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
-        """Return the tailored network: a plain, physically smaller module within the budget.
+    def step(self, *optimizers: torch.optim.Optimizer, shrink: bool = True) -> bool:
+        """Move the gates; call it after each ``backward()`` (once per optimiser step if gradients are accumulated).
+
+        As soon as the set is frozen, the network is made physically smaller, in place: modules and parameters stay the
+        same objects, and the state of every optimiser that steps on them, of what is carried, and the buckets of
+        DistributedDataParallel are cut along. Optimisers are found among all living objects; they may be given as well.
+
+        Args:
+            shrink: False leaves the network as large as it is, with closed gates, until a later step or :meth:`finish`.
+
+        Returns:
+            Whether the network has been made smaller in this step.
+
+        Raises:
+            RuntimeError: if no backward pass went through the Tailor since the last step; at the first step and before
+                the network is made smaller, if something that holds it could not go on: no optimiser is known for a
+                parameter that requires a gradient, an optimiser keeps what cannot be cut, or several processes train
+                and it is not called through DistributedDataParallel. Nothing has changed then.
+        """
+        if self.shrunk:
+            return False
+        if not self.frozen and self.gate.grad is None:
+            raise RuntimeError(
+                "step() found no gradient of the gates: call it after loss.backward(), with a loss computed from "
+                "tailor(x), not model(x); and once per backward."
+            )
+        given = [optimizer for optimizer in optimizers if optimizer is not None]
+        if not self.checked:
+            found = holders(self.model, given)
+            # with none, one may still be made; an optimiser that forgets parameters will not remember them later
+            check_holders(self.model, self.channels, found, trained=shrink and bool(found.optimizers))
+            self.group, self.checked = self._group(found), True
+        if not self.frozen:
+            self._move_gates()
+        if self.frozen and shrink:
+            self._shrink(given, trained=True)
+        return self.shrunk
+
+    def finish(self, *optimizers: torch.optim.Optimizer) -> nn.Module:
+        """Return the tailored network: the model itself, plain and physically smaller, within the budget.
 
         Raises:
             RuntimeError: before the set is frozen.
@@ -148,35 +187,137 @@ class Tailor(Gated):
                 f"of steps you really take."
             )
         if not self.shrunk:
-            self._shrink(optimizer)
+            self._shrink([each for each in optimizers if each is not None])
         return self.model
 
-    def _shrink(self, optimizer: torch.optim.Optimizer | None) -> None:
-        losing = self.controller.losing
-        removed = self.gate.detach()[losing]  # as the forward pass has them, not as the controller believes
-        self.largest_gate_removed = float(removed.max()) if len(removed) else 0.0
-        self.model = remove(self.model, self.channels, ~losing.cpu(), optimizer)
-        self.sites = ()
-        self.shrunk = True
+    def _move_gates(self) -> None:
+        gradient = self.gate.grad
+        if self.group is not None:  # what DistributedDataParallel does to the gradients of parameters
+            torch.distributed.all_reduce(gradient, group=self.group)
+            gradient /= torch.distributed.get_world_size(self.group)
+        self.controller.update(gradient)
+        self.gate.grad = None
+        self.gates.pending = False
+        self.gate.data.copy_(self.controller.gate)
+        self._share_gates()
+        if self.frozen:
+            self.gate.requires_grad_(False)
 
-    def progress(self) -> dict[str, Any]:
-        """Return all that changes during a run but the model's own tensors: tensors and plain values."""
+    def _copies(self) -> list[Tailor]:
+        """Return the copies of this Tailor in the averages that are carried."""
+        modules = [average.modules() for average, _ in self.carried if isinstance(average, nn.Module)]
+        return [module for each in modules for module in each if isinstance(module, Tailor)]
+
+    def _share_gates(self) -> None:
+        for tailor in self._copies():
+            tailor.controller = self.controller
+            tailor.gate.data.copy_(self.gate.detach())
+
+    def _group(self, found: Holders) -> Any:
+        """Return the processes whose gates' gradients are averaged, None if there is one process."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return None
+        group = self.process_group
+        if group is None and found.wrappers:
+            group = found.wrappers[0].process_group
+        if group is None and torch.distributed.get_world_size() > 1:
+            raise RuntimeError(
+                f"{torch.distributed.get_world_size()} processes are running, and the Tailor is not wrapped: each "
+                f"would close other gates. Train with DistributedDataParallel(tailor); if you average gradients "
+                f"yourself, give Tailor process_group=torch.distributed.group.WORLD, and for a run of each process's "
+                f"own, a group of that process alone."
+            )
+        return None if group is None or torch.distributed.get_world_size(group) == 1 else group
+
+    def _shrink(self, given: Iterable[torch.optim.Optimizer] = (), trained: bool = False) -> None:
+        found = holders(self.model, given)
+        check_holders(self.model, self.channels, found, trained)
+        losing = self.controller.losing
+        if self.group is not None:
+            votes = losing.to(self.gate.device, torch.int32)
+            torch.distributed.all_reduce(votes, group=self.group)
+            if not bool(((votes == 0) | (votes == torch.distributed.get_world_size(self.group))).all()):
+                raise RuntimeError("processes have closed different gates; were they given the same model and budget?")
+        removed = self.gate.detach()[losing.to(self.gate.device)]  # as the forward pass has them
+        shrink(self.model, self.channels, ~losing.cpu(), found, [network for _, network in self.carried])
+        self._end(float(removed.max()) if len(removed) else 0.0)
+
+    def _end(self, largest_gate_removed: float | None) -> None:
+        """Become, with the copies of this Tailor that are carried, a network without gates."""
+        for tailor in (*self._copies(), self):
+            tailor.release()
+            tailor.largest_gate_removed = largest_gate_removed
+            tailor.sites = ()
+            tailor.shrunk = True
+            tailor.gate.requires_grad_(False)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Stopped and resumed
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what ``state_dict()`` has beside the model's tensors: the controller, and whose run it is of."""
         return {
+            "run": self._run(),
             "controller": self.controller.state_dict(),
             "shrunk": self.shrunk,
             "largest_gate_removed": self.largest_gate_removed,
         }
 
-    def resume(self, progress: Mapping[str, Any]) -> None:
-        """Go on where :meth:`progress` was taken. If the network had been made smaller it is so again: build the
-        optimiser from ``self.model`` after this, then load its state and the model's.
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`get_extra_state` was taken; ``load_state_dict`` calls it before it copies any tensor.
+
+        If the network had been made smaller, it is so again, in place, with all that holds it.
+
+        Raises:
+            ValueError: if the state is of another network, budget, ``steps`` or option; nothing has changed then.
         """
-        self.controller.load_state_dict(progress["controller"])
-        self.gate.data.copy_(self.controller.gate)
+        here, there = self._run(), state["run"]
+        if differing := [name for name in here if not _same(here[name], there.get(name))]:
+            name = differing[0]
+            values = f" ({there.get(name)} there, {here[name]} here)" if name not in ("network", "prunable") else ""
+            raise ValueError(
+                f"this state is of another run: {name} is not the same{values}. Build the Tailor as it was built then: "
+                f"the same dense network, budget, steps and options."
+            )
+        losing = state["controller"]["losing"].cpu()
+        smaller = state["shrunk"] and not self.shrunk
+        if self.shrunk and not (state["shrunk"] and torch.equal(losing, self.controller.losing.cpu())):
+            raise ValueError(
+                "this Tailor's network has been made smaller already, in another way than the state's: load it into a "
+                "fresh Tailor of the dense network."
+            )
+        if smaller:
+            found = holders(self.model)
+            check_holders(self.model, self.channels, found, trained=False)
+            shrink(self.model, self.channels, ~losing, found, [network for _, network in self.carried], verify=False)
+        self.controller.load_state_dict(state["controller"])
+        for name in ("importance", "gate", "losing", "refused"):
+            setattr(self.controller, name, getattr(self.controller, name).to(self.gate.device))
+        self.gate.grad = None
         self.gate.requires_grad_(not self.frozen)
-        if progress["shrunk"] and not self.shrunk:
-            self._shrink(None)
-        self.largest_gate_removed = progress["largest_gate_removed"]
+        self.gate.data.copy_(self.controller.gate)
+        self._share_gates()
+        if smaller:
+            self._end(state["largest_gate_removed"])
+        self.largest_gate_removed = state["largest_gate_removed"]
+
+    progress, resume = get_extra_state, set_extra_state
+
+    def _run(self) -> dict[str, Any]:
+        controller = self.controller
+        options = ("start", "end", "lookahead", "ramp", "min_width", "multiple")
+        return {
+            "network": {name: list(shape) for name, shape in self.channels.shapes.items()},
+            "prunable": self.channels.prunable.clone(),
+            # a bound of latency is a share of what was measured, then as now
+            "bounds": {name: bound for name, bound in controller.bounds.items() if name != "latency"},
+            "latency": None if self.budget.latency is None else [str(self.budget.latency), self.measured_at],
+            "steps": controller.steps,
+            **{name: getattr(controller, name) for name in options},
+        }
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"carried": [], "checked": False, "group": None, "process_group": None}
 
     def report(self) -> Report:
         """Return requested, current, floor and dense cost, utilisation, strength and widths, as a dict that prints."""
@@ -286,6 +427,12 @@ def _warn_of_unknown(channels: Channels) -> None:
             f"narrows the choice; channels.explain() says what would free them.",
             stacklevel=3,
         )
+
+
+def _same(here: Any, there: Any) -> bool:
+    if isinstance(here, Tensor):
+        return isinstance(there, Tensor) and torch.equal(here, there.cpu())
+    return here == there
 
 
 LIKED = (8, 4)

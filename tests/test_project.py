@@ -20,20 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # The core, in reading order: each part, a file or a folder, imports only parts that stand before it. What surrounds the
 # core follows in the same manner: a package imports the core and the packages before it, never what comes after.
 CORE = (
-    *(
-        "cost",
-        "memory",
-        "explanation",
-        "channels",
-        "gates",
-        "outputs",
-        "state",
-        "verification",
-        "removal",
-        "tracing",
-        "selection",
-    ),
-    *("controller", "tailor", "storage", "foreign", "nets"),
+    *("cost", "memory", "explanation", "channels", "outputs", "gates", "state", "verification", "carrying", "removal"),
+    *("tracing", "selection", "controller", "shrinking", "tailor", "storage", "foreign", "nets"),
 )
 AROUND = ("latency", "deploy", "datasets", "training", "study")
 

@@ -364,7 +364,7 @@ class FixedStrength(OneShot):
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             left = self.gate.where(self.gate > 0, 1.0)
-            for name, value in gated_parameters(self.model, self.gated.sites, self.gated.index, left).items():
+            for name, value in gated_parameters(self.model, self.gated.sites, left).items():
                 if name in parameters:
                     parameters[name].copy_(value)
         return kept

@@ -1,7 +1,7 @@
 """One run over many processes: torchrun, accelerate launch, or from a notebook.
 
-Every process trains the same network on its own part of each batch. DistributedDataParallel averages the gradients, the
-gates' among them, so the controller decides the same everywhere and needs no communication of its own.
+Every process trains the same network on its own part of each batch. DistributedDataParallel averages the gradients of
+the parameters and the Tailor those of the gates, so the controller decides the same everywhere.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from ..gates import plain_class
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -159,7 +161,7 @@ def synchronised(model: nn.Module, device: torch.device) -> dict[str, type]:
     if rank_and_world()[1] == 1:
         return {}
     norms = nn.modules.batchnorm._BatchNorm
-    classes = {name: type(module) for name, module in model.named_modules() if isinstance(module, norms)}
+    classes = {name: plain_class(module) for name, module in model.named_modules() if isinstance(module, norms)}
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return classes
 

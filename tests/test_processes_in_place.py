@@ -1,0 +1,67 @@
+"""A loop of one's own in two processes: DistributedDataParallel goes on when the network becomes smaller."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_in_place import batch, made, run, sgd
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+
+def without_norms():
+    """Running statistics are each process's own, so norms are in eval mode."""
+    model, tailor = made()
+    for module in model:
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model, tailor
+
+
+def train(rank, kind):
+    model, tailor = without_norms()
+    options = {"bucket_view": {"gradient_as_bucket_view": True}, "static": {"static_graph": True}}
+    wrapped = DistributedDataParallel(tailor, **options.get(kind, {}))
+    optimizer, (x, y) = sgd(model.parameters()), batch()
+    x, y = x[rank::2], y[rank::2]
+    for _ in range(20):
+        optimizer.zero_grad()
+        if kind == "accumulated":
+            with wrapped.no_sync():
+                (cross_entropy(wrapped(x[:2]), y[:2]) / 2).backward()
+            (cross_entropy(wrapped(x[2:]), y[2:]) / 2).backward()
+        else:
+            cross_entropy(wrapped(x), y).backward()
+        optimizer.step()
+        tailor.step()
+    assert tailor.shrunk
+    return {"weights": model.state_dict(), "widths": tailor.report()["widths"]}
+
+
+def unwrapped(rank):
+    _, tailor = without_norms()
+    tailor(batch()[0]).sum().backward()
+    with pytest.raises(RuntimeError, match="2 processes are running, and the Tailor is not wrapped"):
+        tailor.step()
+    assert tailor.controller.step_count == 0
+
+
+def job(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    unwrapped(rank)
+    found = {kind: train(rank, kind) for kind in ("plain", "accumulated", "bucket_view", "static")}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_stay_equal_and_are_one_with_the_doubled_batch(tmp_path):
+    mp.spawn(job, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    model, tailor = without_norms()
+    run(tailor, sgd(model.parameters()))
+    for found in first.values():
+        assert found["widths"] == tailor.report()["widths"]
+        torch.testing.assert_close(found["weights"], dict(model.state_dict()), rtol=1e-3, atol=1e-4)
