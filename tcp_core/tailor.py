@@ -304,14 +304,14 @@ class Tailor(Gated):
     progress, resume = get_extra_state, set_extra_state
 
     def _run(self) -> dict[str, Any]:
-        controller = self.controller
-        options = ("start", "end", "lookahead", "ramp", "min_width", "multiple")
+        controller, timed = self.controller, self.budget.latency is not None
+        # with a budget of latency, some things depend on what was measured then, and are in the controller's state
+        options = ("start", "end", "lookahead", "ramp", "min_width", *(() if timed else ("multiple",)))
         return {
             "network": {name: list(shape) for name, shape in self.channels.shapes.items()},
             "prunable": self.channels.prunable.clone(),
-            # a bound of latency is a share of what was measured, then as now
             "bounds": {name: bound for name, bound in controller.bounds.items() if name != "latency"},
-            "latency": None if self.budget.latency is None else [str(self.budget.latency), self.measured_at],
+            "latency": str(self.budget.latency),
             "steps": controller.steps,
             **{name: getattr(controller, name) for name in options},
         }
