@@ -1,10 +1,10 @@
 """Seconds per epoch of a tailored run beside a dense run of an ImageNet-sized network, and what a whole run costs.
 
 Two runs from the same weights take turns, step by step, so that other load on the machine hits them alike: a dense one
-and one with a Tailor at the default phase. The Tailor believes in a run whose phase ends after `--gated-epochs` short
-epochs; there it shrinks the network, and both go on for `--tailored-epochs`. Pixels and labels are random and weights
-untrained. Times do not depend on that, but the widths do, and the Tailor's are extreme: of the last layers little is
-left. So other networks of the same macs are timed beside it, every second step:
+and one with a Tailor at a trained network's phase. The Tailor believes in a run whose phase ends after `--gated-epochs`
+short epochs; there it shrinks the network, and both go on for `--tailored-epochs`. Pixels and labels are random and
+weights untrained. Times do not depend on that, but the widths do, and the Tailor's are extreme: of the last layers
+little is left. So other networks of the same macs are timed beside it, every second step:
 
 - rounded: the Tailor's widths, rounded to multiples of 8
 - uniform: every family of units keeps the same share
@@ -17,7 +17,6 @@ of the run at which the phase ends, whole run / dense run = e * g + (1 - e) * t.
 
 import argparse
 import copy
-import inspect
 import json
 import statistics
 import time
@@ -32,7 +31,7 @@ from torchvision import models
 from training_step import open_as_in
 
 import tcp_core as tcp
-from tcp_core.controller import Controller
+from tcp_core.controller import PHASE_TRAINED
 from tcp_core.selection import fill
 from tcp_core.study.criteria import uniform_l1
 from tcp_core.study.results import environment
@@ -41,7 +40,7 @@ from tcp_core.training.evaluation import PRECISIONS, autocast
 
 GOAL = 0.7
 MULTIPLE = 8
-PHASE_END = inspect.signature(Controller).parameters["phase"].default[1]
+PHASE_END = PHASE_TRAINED[1]
 
 
 class Training:
@@ -121,7 +120,11 @@ def measure(options: argparse.Namespace) -> dict:
     y = torch.randint(1000, (options.batch_size,))
     gated_steps = options.gated_epochs * options.batches
     tailor = tcp.Tailor(
-        copy.deepcopy(model), x[:2], budget={"macs": options.macs}, steps=round(gated_steps / PHASE_END)
+        copy.deepcopy(model),
+        x[:2],
+        budget={"macs": options.macs},
+        steps=round(gated_steps / PHASE_END),
+        phase=PHASE_TRAINED,
     )
     channels, dense_cost = tailor.channels, tailor.controller.dense
     dense, tailored = Training(model, x, y, options.precision), Training(tailor, x, y, options.precision)

@@ -2,9 +2,10 @@
 
 After every backward pass it reads the gates' gradients and moves the gates; the surviving weights are never touched.
 
-1. Importance: mean over all steps so far of the squared gradient of the loss with respect to each gate, the first-order
-   Taylor estimate of what closing it costs (Molchanov et al., 2019), normalised per step so that loss scaling does not
-   matter.
+1. Importance: mean over steps of the squared gradient of the loss with respect to each gate, the first-order Taylor
+   estimate of what closing it costs (Molchanov et al., 2019), normalised per step so that loss scaling does not matter.
+   In a network that was trained already, over the steps before the first gate may close; in a fresh one over all steps
+   so far; in between, both count.
 2. Losing set: units ranked by importance per marginal cost in the dense network fill the budget from the best down; the
    rest loses.
 3. Strength: losing gates go down by ``strength`` a step, winning ones go up. The strength follows the log-ratio
@@ -37,6 +38,12 @@ KINDS = {
 }
 """Causes that a user can change, by their kind."""
 
+PHASE_FRESH, PHASE_TRAINED = (0.2, 0.5), (0.02, 0.15)
+"""Where the network is made smaller, by default, as shares of the run: if it starts fresh, and if it was trained."""
+
+KEEP_STEPS = 100
+"""So many steps of the dense network say what its units are worth; what fewer have found counts less."""
+
 MIN_PHASE_STEPS = 12
 """A shorter pruning phase has no room for gates that close by themselves."""
 
@@ -55,7 +62,10 @@ class Controller:
         budget: the bounds to meet.
         steps: optimiser steps of the whole run.
         phase: the shares of the run between which the network is made smaller; importance is measured from the first
-            step, and the set is frozen at the end of the phase.
+            step, and the set is frozen at the end of the phase. "auto": between ``PHASE_FRESH`` and ``PHASE_TRAINED``,
+            by ``maturity``.
+        maturity: how far the network is trained at the start, from 0, fresh, to 1; :class:`Tailor` tells it from the
+            weights. The more, the earlier is the phase and the longer is kept what the dense network says of its units.
         lookahead: the share of the phase by which a unit is told ahead of its time; as long as a gate takes to close.
         ramp: the share of the phase, less the look-ahead, in which the schedule goes from the dense cost to the budget.
         min_width: the fewest units that stay in each family, or a share of them as a float in (0, 1).
@@ -81,7 +91,8 @@ class Controller:
         budget: Budget | Mapping,
         *,
         steps: int,
-        phase: tuple[float, float] = (0.02, 0.15),
+        phase: tuple[float, float] | str = "auto",
+        maturity: float = 0.0,
         lookahead: float = 0.2,
         ramp: float = 0.4,
         min_width: int | float = 1,
@@ -110,18 +121,20 @@ class Controller:
             self._resolve()
             if all(bound >= self.floor[name] for name, bound in self.bounds.items()):
                 break
+        if not isinstance(maturity, (int, float)) or not 0 <= maturity <= 1:
+            raise ValueError(f"maturity={maturity!r}; it must be a number from 0 (a fresh network) to 1 (trained).")
+        self.placed = isinstance(phase, str) and phase == "auto"
+        if self.placed:
+            ends = zip(PHASE_FRESH, PHASE_TRAINED, strict=True)
+            phase = tuple(round(fresh + maturity * (trained - fresh), 4) for fresh, trained in ends)
         self._check(channels, steps, phase, lookahead, ramp)
-        self.steps = steps
-        self.start, self.end = (round(share * steps) for share in phase)
-        length = self.end - self.start
-        self.lookahead = min(max(1, round(lookahead * length)), length - 1)
-        self.ramp = ramp * (length - self.lookahead)
-        self.interval = max(1, length // 100)
-        self.base_strength = 1.001 / self.lookahead  # closes a gate within the look-ahead, rounding included
+        self.steps, self.shares = steps, (lookahead, ramp)
+        self._place(phase, maturity)
         self.strength = self.base_strength
         self.step_count = 0
         self.weights = dict.fromkeys(self.bounds, 1.0)
         self.importance = torch.zeros(channels.units, device=device)
+        self.dense_importance = self.importance
         self.gate = torch.ones(channels.units, device=device)
         self.losing = torch.zeros(channels.units, dtype=torch.bool, device=device)
         self.final = self.frozen = False
@@ -139,6 +152,17 @@ class Controller:
         self.marginal = self.cost_model.price(self.bounds)
         self.floor = self.cost_model.exact(required_units(self.channels, self.min_width, self.multiple))
 
+    def _place(self, phase: tuple[float, float], maturity: float) -> None:
+        """Set all that follows from where the phase lies and how far the network was trained at the start."""
+        self.phase, self.maturity = tuple(phase), float(maturity)
+        self.start, self.end = (round(share * self.steps) for share in phase)
+        length, (lookahead, ramp) = self.end - self.start, self.shares
+        self.lookahead = min(max(1, round(lookahead * length)), length - 1)
+        self.ramp = ramp * (length - self.lookahead)
+        self.interval = max(1, length // 100)
+        self.base_strength = 1.001 / self.lookahead  # closes a gate within the look-ahead, rounding included
+        self.trust = self.maturity * min(1.0, self.start / KEEP_STEPS)
+
     def _check(self, channels: Channels, steps: int, phase, lookahead: float, ramp: float) -> None:
         if not channels.prunable.any():
             held = f", held by: {in_words(channels.causes)}" if channels.causes else ""
@@ -149,8 +173,8 @@ class Controller:
         pair = isinstance(phase, (tuple, list)) and len(phase) == 2
         if not pair or not 0 <= phase[0] < phase[1] <= 1 or not 0 < lookahead < 1 or not 0 < ramp <= 1:
             raise ValueError(
-                f"phase must be two rising shares of the run in [0, 1], lookahead in (0, 1) and ramp in (0, 1]; got "
-                f"{phase}, {lookahead}, {ramp}."
+                f'phase must be "auto" or two rising shares of the run in [0, 1], lookahead in (0, 1) and ramp in '
+                f"(0, 1]; got {phase!r}, {lookahead}, {ramp}."
             )
         needed = math.ceil(MIN_PHASE_STEPS / (phase[1] - phase[0]))
         if not isinstance(steps, int):
@@ -208,13 +232,15 @@ class Controller:
         """
         if self.frozen:
             return
-        for name in ("importance", "gate", "losing", "refused"):  # where the model went, if it was moved
+        for name in ("importance", "dense_importance", "gate", "losing", "refused"):  # where the model was moved to
             setattr(self, name, getattr(self, name).to(gradient.device))
         finite = gradient.isfinite().all()
         square = normalised_square(gradient)
         self.refused = self.refused + ~finite
         seen = (self.step_count + 1 - self.refused).clamp(min=1)
         self.importance = torch.where(finite, self.importance + (square - self.importance) / seen, self.importance)
+        if self.step_count <= self.start:  # no gate has moved yet
+            self.dense_importance = self.importance
         if self.step_count >= self.start and (self.step_count - self.start) % self.interval == 0:
             self._rank()
         if self.step_count >= self.start:
@@ -317,7 +343,10 @@ class Controller:
         narrow, and what is narrow would be narrowed on and on.
         """
         price = sum(self.weights[name] * self.marginal[name] / bound for name, bound in self.bounds.items())
-        return self.importance.cpu().double() / price.clamp(min=1e-12)
+        importance = self.importance
+        if self.step_count > self.start:
+            importance = importance + self.trust * (self.dense_importance - importance)
+        return importance.cpu().double() / price.clamp(min=1e-12)
 
     def _weigh(self, cost: Mapping[str, int], targets: Mapping[str, float]) -> None:
         """Make a cost with room left cheaper, so that several budgets are used up together where that is possible."""
@@ -359,6 +388,7 @@ class Controller:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
+        self._place(state["phase"], state["maturity"])  # as it was decided then: weights have changed since
         for name, value in copy.deepcopy({name: state[name] for name in _STATE}).items():
             setattr(self, name, value)
         if self.latency is not None:  # the bounds are those of the dense network as it was measured then
@@ -378,4 +408,5 @@ def normalised_square(gradient: Tensor) -> Tensor:
 _STATE = (
     *("step_count", "weights", "importance", "gate", "losing", "strength", "final", "frozen", "refused", "reported"),
     *("returned", "changed", "trajectory", "multiple", "measured"),
+    *("dense_importance", "phase", "maturity", "placed"),
 )

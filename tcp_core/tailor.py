@@ -14,6 +14,7 @@ from .controller import Controller
 from .cost import Budget, amount
 from .explanation import NOT_UNDERSTOOD, in_words
 from .gates import Gated
+from .maturity import maturity as maturity_of
 from .removal import check_same_model
 from .shrinking import Average, Holders, check_holders, holders, network_in, shrink
 from .tracing import trace
@@ -42,6 +43,8 @@ class Tailor(Gated):
         carry: moving averages of the model that exist already; later ones are given to :meth:`carry`.
         process_group: the processes whose gradients are averaged; those of the DistributedDataParallel that wraps the
             Tailor if None.
+        maturity: how far the model is trained, from 0 to 1; told from its weights if None, see
+            :func:`tcp_core.maturity.maturity`.
         options: further options of :class:`Controller` (``phase``, ``lookahead``, ``ramp``).
 
     Raises:
@@ -74,6 +77,7 @@ class Tailor(Gated):
         channels: Channels | None = None,
         carry: Iterable[Average] = (),
         process_group: Any = None,
+        maturity: float | None = None,
         **options: Any,
     ) -> None:
         _check_trainable(model)
@@ -88,6 +92,7 @@ class Tailor(Gated):
         self.channels = channels
         self.budget = budget
         options |= width_options(model, channels, budget, multiple, latency)
+        options |= {"maturity": maturity_of(model) if maturity is None else maturity}
         self.controller = Controller(
             channels, budget, steps=steps, min_width=min_width, device=self.gate.device, **options
         )
@@ -291,7 +296,7 @@ class Tailor(Gated):
             check_holders(self.model, self.channels, found, trained=False)
             shrink(self.model, self.channels, ~losing, found, [network for _, network in self.carried], verify=False)
         self.controller.load_state_dict(state["controller"])
-        for name in ("importance", "gate", "losing", "refused"):
+        for name in ("importance", "dense_importance", "gate", "losing", "refused"):
             setattr(self.controller, name, getattr(self.controller, name).to(self.gate.device))
         self.gate.grad = None
         self.gate.requires_grad_(not self.frozen)
@@ -306,13 +311,17 @@ class Tailor(Gated):
     def _run(self) -> dict[str, Any]:
         controller, timed = self.controller, self.budget.latency is not None
         # with a budget of latency, some things depend on what was measured then, and are in the controller's state
-        options = ("start", "end", "lookahead", "ramp", "min_width", *(() if timed else ("multiple",)))
+        options = ("min_width", *(() if timed else ("multiple",)))
+        lookahead, ramp = controller.shares
         return {
             "network": {name: list(shape) for name, shape in self.channels.shapes.items()},
             "prunable": self.channels.prunable.clone(),
             "bounds": {name: bound for name, bound in controller.bounds.items() if name != "latency"},
             "latency": str(self.budget.latency),
             "steps": controller.steps,
+            # where "auto" has put the phase is in the controller's own state: the weights may be others by now
+            "phase": "auto" if controller.placed else [controller.start, controller.end],
+            **{"lookahead": lookahead, "ramp": ramp},
             **{name: getattr(controller, name) for name in options},
         }
 
@@ -333,6 +342,9 @@ class Tailor(Gated):
             strength=self.strength,
             step=controller.step_count,
             steps=controller.steps,
+            phase=controller.phase,
+            maturity=controller.maturity,
+            placed=controller.placed,
             frozen=self.frozen,
             multiple=controller.multiple,
             measured=None if controller.measured is None else {**controller.measured, "at": self.measured_at},
@@ -362,6 +374,8 @@ class Report(dict):
                 f"{'-' if bound is None else format(self['utilisation'][name], '.2%'):>11}"
                 f"{amount(name, self['floor'][name]):>14}"
             )
+        if "phase" in self:  # comparators have none
+            rows.append(_placed(self["phase"], self["maturity"], self["placed"]))
         state = "frozen" if self["frozen"] else f"strength {self['strength']:.2g}"
         few = self._few()
         rows.append(
@@ -455,6 +469,14 @@ def width_options(model: nn.Module, channels: Channels, budget: Budget, multiple
         cost = None if latency is None else latency.cost(model, channels)
     likes = LIKED if latency is None else latency.likes(cost)
     return {"multiple": likes if auto else 1 if multiple is None else multiple, "latency": cost}
+
+
+def _placed(phase: tuple[float, float], maturity: float, placed: bool) -> str:
+    """Say where the phase lies and why."""
+    known = {0.0: "of a fresh network", 1.0: "of a trained network"}
+    weights = known.get(maturity, f"of one {maturity:.0%} on its way to a trained network")
+    place = f"phase {100 * phase[0]:.3g} to {100 * phase[1]:.3g} % of the run, "
+    return place + (f"for the weights at the start were those {weights}" if placed else "as asked")
 
 
 def _check_trainable(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import counted
 
 from tcp_core import Tailor, trace
+from tcp_core.controller import PHASE_TRAINED
 
 STEPS = 96
 pytestmark = [
@@ -74,7 +75,7 @@ class Loop:
 
     def __init__(self, model, loop, channels, x, **tailoring):
         self.model, self.loop, self.x = model, loop, x
-        self.tailor = Tailor(model, x, channels=channels, steps=STEPS, **tailoring)
+        self.tailor = Tailor(model, x, channels=channels, steps=STEPS, **{"phase": PHASE_TRAINED} | tailoring)
         self.called = torch.compile(self.tailor, backend="eager") if loop["compile"] else self.tailor
         parameters = [p for p in model.parameters() if p.requires_grad]
         count = len(loop["optimizers"])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from random_nets import INPUT_SHAPE, RandomNet
 
 from tcp_core import Controller, trace
-from tcp_core.controller import fill, required_units, tighten
+from tcp_core.controller import PHASE_FRESH, PHASE_TRAINED, fill, required_units, tighten
 from tcp_core.training import frames
 
 CONV4 = ("conv", {"width": 4})
@@ -232,8 +232,8 @@ def run(controller, gradients, steps=None):
 def setups(draw):
     """What `build` makes a controller of; its budget can be met."""
     name, min_width = draw(names), draw(widths)
-    phase = draw(st.sampled_from([(0.05, 0.3), (0.0, 1.0), (0.0, 0.5), (0.3, 0.6), (0.5, 1.0), (0.1, 0.9)]))
-    needed = math.ceil(12 / (phase[1] - phase[0]))
+    phase = draw(st.sampled_from(["auto", (0.05, 0.3), (0.0, 1.0), (0.0, 0.5), (0.3, 0.6), (0.5, 1.0), (0.1, 0.9)]))
+    needed = 93 if phase == "auto" else math.ceil(12 / (phase[1] - phase[0]))
     shares = {kind: draw(st.floats(0, 1.1)) for kind in draw(st.sampled_from(KINDS))}
     bounds = bounds_between(traced(name), min_width, shares)
     return {
@@ -241,6 +241,7 @@ def setups(draw):
         "budget": {kind: math.ceil(bound) for kind, bound in bounds.items()},
         "steps": needed + draw(st.integers(0, 2 * needed)),
         "phase": phase,
+        "maturity": draw(st.sampled_from([0.0, 0.3, 1.0])),
         "lookahead": draw(st.sampled_from([0.25, 0.1, 0.5, 0.99])),
         "min_width": min_width,
     }
@@ -417,7 +418,61 @@ def test_a_budget_that_is_no_bound_closes_nothing():
 
 
 # -------------------------------------------------------------------------------------------------
+# Fresh and trained networks
+
+
+def test_the_more_a_network_is_trained_the_earlier_it_gets_smaller():
+    phases = [
+        Controller(single_family(), {"macs": 0.5}, steps=1000, maturity=maturity).phase
+        for maturity in (0.0, 0.25, 0.5, 0.75, 1.0)
+    ]
+    assert phases[0] == PHASE_FRESH
+    assert phases[-1] == PHASE_TRAINED
+    for early, late in itertools.pairwise(reversed(phases)):
+        assert early[0] < late[0] < late[1]
+        assert early[1] < late[1]
+    asked = Controller(single_family(), {"macs": 0.5}, steps=1000, maturity=1.0, phase=(0.3, 0.4))
+    assert asked.phase == (0.3, 0.4)
+    assert (asked.start, asked.end) == (300, 400)
+
+
+@pytest.mark.parametrize(("maturity", "steps"), [(1.0, 5000), (1.0, 400), (0.0, 5000)])
+def test_what_a_trained_network_says_of_its_units_is_kept(maturity, steps):
+    """The dense network and the one that gets smaller say the opposite of each other."""
+    channels = single_family()
+    controller = Controller(channels, {"macs": 0.5}, steps=steps, maturity=maturity, phase=(0.02, 0.9))
+    units = channels.prunable.nonzero().flatten()
+    dense, later = torch.ones(2, channels.units)
+    dense[units], later[units] = torch.arange(1.0, 9.0), torch.arange(8.0, 0.0, -1)
+    run(controller, lambda: dense if controller.step_count < controller.start else later)
+    first = controller.losing[units[:4]].all()
+    assert controller.frozen
+    assert first if maturity == 1 and steps == 5000 else not first  # 100 steps of 5000, but 8 of 400: too few to go by
+
+
+@pytest.mark.parametrize("maturity", [-0.1, 1.1, math.nan, "high", None])
+def test_a_maturity_that_is_none(maturity):
+    with pytest.raises(ValueError, match=r"maturity=.*must be a number from 0 \(a fresh network\) to 1 \(trained\)"):
+        Controller(single_family(), {"macs": 0.5}, steps=100, maturity=maturity)
+
+
+# -------------------------------------------------------------------------------------------------
 # Interruption
+
+
+def test_a_restored_controller_keeps_the_phase_that_was_decided():
+    """When a run goes on its weights are others than at its start, and so may be what they say."""
+    controller = Controller(single_family(), {"macs": 0.5}, steps=1000, maturity=1.0)
+    gradients = Gradients(single_family().units)
+    run(controller, gradients, steps=60)
+    other = Controller(single_family(), {"macs": 0.5}, steps=1000, maturity=0.2)
+    other.load_state_dict(controller.state_dict())
+    assert (other.start, other.end, other.lookahead, other.ramp) == (20, 150, 26, controller.ramp)
+    for _ in range(controller.steps - controller.step_count):
+        gradient = gradients()
+        controller.update(gradient)
+        other.update(gradient)
+    assert str(other.state_dict()) == str(controller.state_dict())
 
 
 @given(setup=setups(), seed=st.integers(0, 99), share=st.floats(0, 1))
@@ -460,7 +515,7 @@ def test_a_restored_controller_does_not_warn_again():
     controller = Controller(single_family(), {"macs": 0.5}, steps=96)
     controller.update(torch.full((single_family().units,), math.nan))
     with pytest.warns(RuntimeWarning, match="1 step"):
-        run(controller, Gradients(single_family().units), steps=8)
+        run(controller, Gradients(single_family().units), steps=controller.start)
     other = Controller(single_family(), {"macs": 0.5}, steps=96)
     other.load_state_dict(controller.state_dict())
     run(other, Gradients(single_family().units), steps=2)  # a warning would be an error

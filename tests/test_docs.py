@@ -9,7 +9,7 @@ import pytest
 import torch
 from documentation import NAMES, PAGES, ROOT, anchors, blocks, digits, execute, links, read
 
-from tcp_core.controller import Controller
+from tcp_core.controller import PHASE_FRESH, PHASE_TRAINED, Controller
 from tcp_core.study import results_page, tables
 
 
@@ -66,8 +66,11 @@ def test_decisions_that_are_named_are_in_the_diary(name):
 
 def test_the_method_states_the_defaults_of_the_controller():
     rows = re.findall(r"^\| `(\w+)` \| ([\d., ]+) \|", read("docs/method.md"), re.M)
+    for phase in (PHASE_FRESH, PHASE_TRAINED):
+        assert "{} and {} if it".format(*phase) in read("docs/method.md")
     defaults = {name: parameter.default for name, parameter in inspect.signature(Controller).parameters.items()}
-    assert len(rows) == 5
+    assert defaults["phase"] == "auto"
+    assert len(rows) == 4
     for name, said in rows:
         value = defaults[name] if isinstance(defaults[name], tuple) else (defaults[name],)
         assert tuple(map(float, said.split(","))) == value, name

@@ -243,11 +243,13 @@ def test_a_pattern_that_matches_nothing(model, x, pattern):
 # Options of the run
 
 
-@pytest.mark.parametrize("steps", [0, 1, 92, -5])
-def test_too_few_steps(model, x, steps):
-    with pytest.raises(ValueError, match=rf"steps={steps} is too short: .* 13% of the run and needs 12.* at least 93"):
-        Tailor(model, x, budget={"macs": 0.5}, steps=steps)
-    Tailor(model, x, budget={"macs": 0.5}, steps=93)
+@pytest.mark.parametrize(("maturity", "share", "least"), [(None, 30, 40), (0.0, 30, 40), (1.0, 13, 93)])
+def test_too_few_steps(model, x, maturity, share, least):
+    message = rf"is too short: .* {share}% of the run and needs 12.* at least {least}"
+    for steps in (0, 1, least - 1, -5):
+        with pytest.raises(ValueError, match=f"steps={steps} {message}"):
+            Tailor(model, x, budget={"macs": 0.5}, steps=steps, maturity=maturity)
+    Tailor(model, x, budget={"macs": 0.5}, steps=least, maturity=maturity)
     Tailor(model, x, budget={"macs": 0.5}, steps=24, phase=(0.25, 0.75))
 
 
@@ -271,6 +273,7 @@ def test_a_min_width_that_is_no_width(model, x, min_width):
         {"phase": (-0.1, 0.5)},
         {"phase": (0.1, 1.1)},
         {"phase": 0.5},
+        {"phase": "late"},
         {"lookahead": 0},
         {"ramp": 0},
         {"ramp": 1.5},
@@ -280,7 +283,8 @@ def test_a_min_width_that_is_no_width(model, x, min_width):
 )
 def test_a_phase_outside_the_run(model, x, options):
     with pytest.raises(
-        ValueError, match=r"phase must be two rising shares of the run in \[0, 1\], lookahead in \(0, 1\) and ramp"
+        ValueError,
+        match=r'phase must be "auto" or two rising shares of the run in \[0, 1\], lookahead in \(0, 1\) and ramp',
     ):
         Tailor(model, x, budget={"macs": 0.5}, steps=1000, **options)
 
@@ -336,7 +340,7 @@ def test_finish_before_the_freeze(x):
     for taken in range(5):
         with pytest.raises(
             RuntimeError,
-            match=rf"before the set is frozen: {taken} of 96 steps .* about step 14\. Train on, or construct",
+            match=rf"before the set is frozen: {taken} of 96 steps .* about step 48\. Train on, or construct",
         ):
             tailor.finish()
         train(tailor, x, steps=1)

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tcp_core import RemovalError, Tailor, shrinking
 from tcp_core.carrying import Cuts, cut_value, take
+from tcp_core.controller import PHASE_TRAINED
 from tcp_core.removal import dense_shapes
 
 STEPS = 96
@@ -37,7 +38,9 @@ def batch(seed=0):
 
 def made(seed=0, budget=0.5, **options):
     model = network(seed=seed)
-    return model, Tailor(model, batch()[0][:2], budget={"macs": budget}, steps=STEPS, **options)
+    return model, Tailor(
+        model, batch()[0][:2], budget={"macs": budget}, steps=STEPS, **{"phase": PHASE_TRAINED} | options
+    )
 
 
 def sgd(parameters, **options):
@@ -393,7 +396,7 @@ def test_muon_beside_adamw():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4))
     x, y = torch.randn(32, 6), torch.randint(4, (32,))
-    tailor = Tailor(model, x[:2], budget={"macs": 0.5}, steps=STEPS)
+    tailor = Tailor(model, x[:2], budget={"macs": 0.5}, steps=STEPS, phase=PHASE_TRAINED)
     matrices, rest = ([p for p in model.parameters() if (p.ndim == 2) == flag] for flag in (True, False))
     optimizers = torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=0.01)
 
@@ -599,7 +602,7 @@ def test_a_loop_that_is_resumed_is_one_that_was_not_stopped(at, kind):
     [
         ({"budget": 0.4}, r"bounds is not the same \(.* there, .* here\)"),
         ({"ignore": "0"}, "prunable is not the same"),
-        ({"phase": (0.1, 0.3)}, r"start is not the same \(2 there, 10 here\)"),
+        ({"phase": (0.1, 0.3)}, r"phase is not the same \(\[2, 14\] there, \[10, 29\] here\)"),
         ({"min_width": 3}, r"min_width is not the same \(1 there, 3 here\)"),
         ({"multiple": 4}, r"multiple is not the same \(1 there, 4 here\)"),
     ],
@@ -621,8 +624,8 @@ def test_the_state_of_another_length_or_network_is_refused():
     model, tailor = made()
     state = tailor.state_dict()
     for other in (
-        Tailor(network(), batch()[0][:2], budget={"macs": 0.5}, steps=2 * STEPS),
-        Tailor(network(16), batch()[0][:2], budget={"macs": 0.5}, steps=STEPS),
+        Tailor(network(), batch()[0][:2], budget={"macs": 0.5}, steps=2 * STEPS, phase=PHASE_TRAINED),
+        Tailor(network(16), batch()[0][:2], budget={"macs": 0.5}, steps=STEPS, phase=PHASE_TRAINED),
     ):
         with pytest.raises(ValueError, match=r"this state is of another run: (steps is not the same \(96|network is)"):
             other.load_state_dict(state)

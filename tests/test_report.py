@@ -213,7 +213,7 @@ def test_tables_are_the_same_bytes_each_time(study, tmp_path):
 
 def test_search_ranks_variants_by_validation_alone(study):
     table = tables.search(study)
-    assert list(table["options"]) == ["phase_end 0.5", "phase_end 0.3"]
+    assert list(table["options"]) == ["to 50 % of the run", "to 30 % of the run"]
     assert table["val_accuracy"].is_monotonic_decreasing
     assert "accuracy" not in table
     assert not study[study["searched"]]["run"].isin(tables.delivered(study)["run"]).any()

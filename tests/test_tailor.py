@@ -14,10 +14,11 @@ from torch import nn
 from zoo import counted
 
 from tcp_core import RemovalError, Report, Tailor, close, evaluate, nets, trace
+from tcp_core.controller import PHASE_TRAINED
 from tcp_core.datasets import sources
 from tcp_core.removal import take
 
-STEPS = 96  # about the fewest with default options; the set is frozen at about step 14
+STEPS = 96  # about the fewest with the phase of a trained network; the set is frozen at about step 14
 RECIPES = {
     "chain": [("conv", {"width": 12}), ("conv", {"width": 16, "stride": 2}), ("conv", {"width": 12, "norm": "none"})],
     "depthwise": [("conv", {"width": 12}), ("inverted", {"expand": 3}), ("depthwise", {}), ("conv", {"width": 16})],
@@ -49,7 +50,7 @@ def sgd(parameters):
 
 def tailored(name, budget, **options):
     network, x, y = built(name)
-    return Tailor(network, x, budget=budget, steps=STEPS, **options), x, y
+    return Tailor(network, x, budget=budget, steps=STEPS, **{"phase": PHASE_TRAINED} | options), x, y
 
 
 def train(tailor, optimizer, x, y, *, steps, shrink=True):

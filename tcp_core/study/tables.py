@@ -32,6 +32,8 @@ IF_CHANGED = (
 OF_COMPARATORS = ("prune_at", "restart")
 OF_CONTROLLER = ("phase_start", "phase_end")
 WORDS = {
+    "phase_start": lambda share: f"phase from {100 * share:g} %",
+    "phase_end": lambda share: f"to {100 * share:g} % of the run",
     "prune_at": lambda share: f"pruned after {100 * share:g} % of the run",
     "restart": lambda _: "learning rate restarted then",
 }
@@ -244,7 +246,7 @@ def _run(row, defaults):
     given = {**defaults, **own}
     method, folders = row["method"], row["run"].split("/")
     rest = [name for name in given if name not in (*NAMED, *RECIPE, *OF_COMPARATORS, *OF_CONTROLLER, *SAYS_NOTHING)]
-    options = {"dense": (), "tailored": OF_CONTROLLER, "fixed_strength": (*OF_COMPARATORS, *OF_CONTROLLER)}
+    options = {"dense": (), "tailored": OF_CONTROLLER}
     budget = {cost: row[f"budget.{cost}"] for cost in COSTS if not absent(row.get(f"budget.{cost}"))}
     used = [row[f"utilisation.{cost}"] for cost in budget if not absent(row.get(f"utilisation.{cost}"))]
     known = {name: given[name] for name in RECIPE if not absent(given.get(name)) and given[name] != ""}

@@ -172,6 +172,7 @@ def fit(
     recipe |= {"prunable": int(channels.prunable.sum())} | ({} if budget is None else _options(tailoring))
     recipe = identity.described(recipe)
     agree(recipe)
+    agree({"maturity": None if pruned is None else pruned.report().get("maturity")})  # of the weights they start with
     saved = resumable(checkpoints, recipe)
     agree({"checkpoint": saved and saved["step"]})  # not if each machine has a folder of its own
     if saved and pruned is not None:

@@ -20,6 +20,7 @@ from torch import nn
 from ..controller import Controller
 from ..cost import Budget, BudgetError
 from ..datasets.images import Images
+from ..maturity import maturity
 from ..storage import load, save
 from ..tracing import trace
 from . import checkpoints
@@ -149,7 +150,8 @@ def _planned(
     dense: dict[str, float] = {}
     bounds = []
     for rung, (budget, passes) in enumerate(zip(budgets, epochs, strict=True)):
-        controller = Controller(channels, budget, steps=passes * length, **given)
+        known = {"maturity": 1.0 if rung else maturity(model)}  # later rungs start with a trained network
+        controller = Controller(channels, budget, steps=passes * length, **(known | given))
         dense |= controller.dense
         above, here = bounds[-1] if bounds else {}, dict(controller.bounds)
         if bounds and not any(here[name] < above.get(name, float("inf")) for name in here):

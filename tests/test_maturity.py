@@ -1,0 +1,170 @@
+"""How far a network is trained, told from its weights: on many starts, and as training goes on."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+import tcp_core as tcp
+from tcp_core import nets
+from tcp_core.controller import PHASE_FRESH, PHASE_TRAINED
+from tcp_core.datasets.sources import digits
+from tcp_core.maturity import excess, maturity
+
+NETWORKS = ("resnet20", "resnet56", "small_resnet", "vgg16_bn", "mobilenet_v2", "densenet40_12", "googlenet")
+FOREIGN = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "regnet_y_400mf", "squeezenet1_1", "swin_t")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_of_ours_starts_fresh(name):
+    torch.manual_seed(0)
+    assert maturity(nets.build(name, num_classes=10)) == 0
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_network_of_torchvision_starts_fresh(name):
+    torch.manual_seed(0)
+    assert maturity(getattr(torchvision.models, name)(weights=None)) == 0
+
+
+STARTS = {
+    "default": lambda weight: None,
+    "normal": lambda weight: nn.init.normal_(weight, std=3.0),
+    "uniform": lambda weight: nn.init.uniform_(weight, -1e-3, 1e-3),
+    "xavier": nn.init.xavier_uniform_,
+    "truncated": lambda weight: nn.init.trunc_normal_(weight, std=0.02),
+    "orthogonal": nn.init.orthogonal_,
+    "identity": lambda weight: nn.init.dirac_(weight) if weight.ndim > 2 else nn.init.eye_(weight),
+    "zeros": nn.init.zeros_,
+    "constant": lambda weight: nn.init.constant_(weight, 0.1),
+}
+
+
+def plain(norm=True, width=16):
+    layers, inputs = [], 1
+    for outputs in (width, 2 * width, 2 * width, 4 * width):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs) if norm else nn.Identity()]
+        layers, inputs = [*layers, nn.ReLU()], outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
+
+
+def perceptron():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+@pytest.mark.parametrize("start", [name for name in STARTS if name != "constant"])
+@pytest.mark.parametrize("make", [plain, lambda: plain(width=3), perceptron])
+def test_whatever_a_network_is_started_with_it_is_fresh(start, make):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = make()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                STARTS[start](parameter)
+        assert maturity(model) <= 0.1
+
+
+@pytest.mark.parametrize("shape", [(16, 9), (64, 27), (512, 4608), (2000, 50), (10, 3000)])
+def test_independent_entries_have_no_excess_and_tied_ones_have(shape):
+    torch.manual_seed(0)
+    found = [excess(torch.randn(shape)) for _ in range(5)]
+    assert max(found) < 0.05
+    few = min(shape) // 2
+    low_rank = torch.randn(shape[0], few) @ torch.randn(few, shape[1]) + 0.3 * torch.randn(shape)
+    assert excess(low_rank) > 0.3
+    for scale in (1e-30, 1e-3, 1e30):
+        assert excess(low_rank * scale) == pytest.approx(excess(low_rank), rel=1e-3)
+
+
+def test_weights_that_tell_nothing():
+    assert excess(torch.zeros(8, 8)) is None
+    assert excess(torch.randn(1, 64)) is None
+    assert excess(torch.full((8, 8), torch.nan)) is None
+    assert maturity(nn.ReLU()) == 0
+
+
+@pytest.fixture(scope="module")
+def images():
+    part = digits().train
+    return (part.pixels.float() / 255 - part.mean[0]) / part.std[0], part.labels
+
+
+def trained(model, images, optimizer, epochs):
+    pixels, labels = images
+    for _ in range(epochs):
+        for batch in torch.randperm(len(labels)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(pixels[batch]), labels[batch]).backward()
+            optimizer.step()
+    return model
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=2e-3),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("make", [plain, lambda: plain(norm=False), perceptron], ids=["plain", "no norm", "perceptron"])
+def test_maturity_rises_while_a_network_is_trained(make, optimizer, images):
+    torch.manual_seed(0)
+    model = make()
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    seen = [maturity(model)]
+    for epochs in (1, 4, 10):
+        seen.append(maturity(trained(model, images, optimizer, epochs)))
+    assert seen[0] <= 0.1
+    assert all(before <= after for before, after in itertools.pairwise(seen))
+    assert seen[-1] >= 0.8
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)  # a frozen backbone
+    model[-1] = nn.Linear(model[-1].in_features, 7)  # and a new head
+    assert maturity(model) >= 0.8
+
+
+def test_a_trained_network_gets_smaller_early_and_a_fresh_one_late(images):
+    torch.manual_seed(0)
+    model, x = plain(), images[0][:2]
+    fresh = tcp.Tailor(copy.deepcopy(model), x, budget={"macs": 0.5}, steps=1000)
+    trained(model, images, OPTIMIZERS["sgd"](model.parameters()), 15)
+    weights = copy.deepcopy(model.state_dict())
+    late = tcp.Tailor(model, x, budget={"macs": 0.5}, steps=1000)
+    assert fresh.report()["phase"] == PHASE_FRESH
+    assert "phase 20 to 50 % of the run, for the weights at the start were those of a fresh network" in str(
+        fresh.report()
+    )
+    assert late.report()["phase"] == PHASE_TRAINED
+    assert "phase 2 to 15 % of the run, for the weights at the start were those of a trained network" in str(
+        late.report()
+    )
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name])  # it was only looked at
+    asked = tcp.Tailor(model, x, budget={"macs": 0.5}, steps=1000, phase=(0.1, 0.25))
+    assert "phase 10 to 25 % of the run, as asked" in str(asked.report())
+    known = tcp.Tailor(model, x, budget={"macs": 0.5}, steps=1000, maturity=0.5)
+    assert "phase 11 to 32.5 % of the run, for the weights at the start were those of one 50% on its way" in str(
+        known.report()
+    )
+
+
+def test_a_run_that_goes_on_in_a_fresh_network_keeps_its_phase(images):
+    """Checkpoints bring the weights, and what was decided from those that the run started with."""
+    torch.manual_seed(0)
+    model = trained(net := plain(), images, OPTIMIZERS["sgd"](net.parameters()), 15)
+    x, y = images[0][:32], images[1][:32]
+    tailor = tcp.Tailor(model, x, budget={"macs": 0.5}, steps=400)
+    for _ in range(5):
+        F.cross_entropy(tailor(x), y).backward()
+        tailor.step()
+    again = tcp.Tailor(plain(), x, budget={"macs": 0.5}, steps=400)
+    assert again.controller.phase == PHASE_FRESH
+    again.resume(tailor.progress())
+    assert again.controller.phase == PHASE_TRAINED
+    assert again.report()["maturity"] == 1
+    assert str(again.report()) == str(tailor.report())
