@@ -53,7 +53,8 @@ def loops(draw, compiling=False):
         "scale": draw(st.booleans()),
         "accumulate": draw(st.sampled_from([1, 2])),
         "average": draw(st.sampled_from([None, "model", "tailor"])),
-        "checkpoint": draw(st.booleans()),
+        # torch.compile with backend="eager" does not run batch norms anew, with or without a Tailor
+        "checkpoint": not compiling and draw(st.booleans()),
         "freeze": draw(st.sampled_from([0, 3])),
         "compile": compiling,
     }
