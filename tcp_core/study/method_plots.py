@@ -58,10 +58,10 @@ class Closing:
     frozen_at: int
 
 
-def closing(steps: int = 2000, budget: float = 0.4, batch_size: int = 32) -> Closing:
+def closing(steps: int = 600, budget: float = 0.4, batch_size: int = 32) -> Closing:
     """Train a small network on digits towards a share ``budget`` of its macs, until its set is fixed.
 
-    ``steps`` are those of the whole run, of which the first sixth or so is trained.
+    ``steps`` are those of the whole run, of which the first half or so is trained.
     """
     digits = sources.digits()
     torch.manual_seed(0)
