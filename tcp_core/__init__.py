@@ -11,8 +11,9 @@ from .deploy import ExportError, export
 from .gates import close
 from .latency import Latency, LatencyError
 from .removal import remove
+from .report import Report
 from .storage import FileError, load, save
-from .tailor import Report, Tailor
+from .tailor import Tailor
 from .tracing import trace
 from .training.evaluation import evaluate
 from .training.fit import fit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,16 +10,14 @@ from torch import Tensor, nn
 
 from .channels import Channels
 from .controller import Controller
-from .cost import Budget, amount
-from .explanation import NOT_UNDERSTOOD, in_words
+from .cost import Budget
 from .gates import Gated
 from .maturity import maturity as maturity_of
+from .preparing import check_trace, check_trainable, warn_of_unknown, width_options
 from .removal import check_same_model
+from .report import Report
 from .shrinking import Average, Holders, check_holders, holders, network_in, shrink
 from .tracing import trace
-
-NOTABLE = 0.1
-"""The share of the macs that operators which are not understood may hold before a warning says so."""
 
 
 class Tailor(Gated):
@@ -80,13 +77,13 @@ class Tailor(Gated):
         maturity: float | None = None,
         **options: Any,
     ) -> None:
-        _check_trainable(model)
+        check_trainable(model)
         budget = Budget.of(budget)
         also = tuple(also)
         if channels is None:
             channels = trace(model, example_input, ignore=ignore, also=also, unused=unused)
         else:
-            _check_trace(channels, ignore, also, unused)
+            check_trace(channels, ignore, also, unused)
         check_same_model(model, channels)
         super().__init__(model, channels)
         self.channels = channels
@@ -96,7 +93,7 @@ class Tailor(Gated):
         self.controller = Controller(
             channels, budget, steps=steps, min_width=min_width, device=self.gate.device, **options
         )
-        _warn_of_unknown(channels)
+        warn_of_unknown(channels)
         self.measured_at = "" if budget.latency is None else repr(latency)
         self.shrunk = False
         self.largest_gate_removed: float | None = None
@@ -356,139 +353,7 @@ class Tailor(Gated):
         )
 
 
-class Report(dict):
-    """Where a tailoring run stands; a dict that prints as a table."""
-
-    def __repr__(self) -> str:
-        if not self:
-            return "no budget: the dense network was trained"
-        rows = [
-            f"{'cost':8}{'dense':>16}{'requested':>16}{'current':>16}{'of dense':>10}{'of budget':>11}{'floor':>14}"
-        ]
-        for name, dense in self["dense"].items():
-            bound = self["bounds"].get(name)
-            rows.append(
-                f"{name:8}{amount(name, dense):>16}{'-' if bound is None else amount(name, bound):>16}"
-                f"{amount(name, self['current'][name]):>16}"
-                f"{self['current'][name] / dense:>10.2%}"
-                f"{'-' if bound is None else format(self['utilisation'][name], '.2%'):>11}"
-                f"{amount(name, self['floor'][name]):>14}"
-            )
-        if "phase" in self:  # comparators have none
-            rows.append(_placed(self["phase"], self["maturity"], self["placed"]))
-        state = "frozen" if self["frozen"] else f"strength {self['strength']:.2g}"
-        few = self._few()
-        rows.append(
-            f"step {self['step']} of {self['steps']}, {state}; layers left with fewer than 8 channels: {len(few)}"
-            + (f" ({', '.join(few[:5])}{', ...' if len(few) > 5 else ''})" if few else "")
-        )
-        rows += [
-            f"{name} has no bound of its own and fell to {share:.1%}: give it one, or min_width as a share"
-            for name, share in self._unbounded().items()
-        ]
-        if self.get("multiple", 1) > 1:
-            rows.append(f"widths are multiples of {self['multiple']}")
-        if measured := self.get("measured"):
-            rows.append(
-                f"latency {amount('latency', measured['latency'])} was measured, spread {measured['spread']:.1%}, as "
-                f"one of {measured['networks']} networks; {measured['at']}"
-            )
-        return "\n".join(rows)
-
-    def _few(self) -> list[str]:
-        """Return the layers that were left with fewer than 8 channels, those that lost most first."""
-        dense, widths = self["dense_widths"], self["widths"]
-        few = sorted((width / dense[name], name) for name, width in widths.items() if width < 8 <= dense[name])
-        return [f"{name}: {widths[name]} of {dense[name]}" for _, name in few]
-
-    def _unbounded(self) -> dict[str, float]:
-        """Return the costs without a bound that fell to less than half of the share that the bounded ones have."""
-        shares = {name: self["current"][name] / max(dense, 1) for name, dense in self["dense"].items()}
-        least = min(shares[name] for name in self["bounds"])
-        return {name: share for name, share in shares.items() if name not in self["bounds"] and share < least / 2}
-
-
-def _check_trace(channels: Channels, ignore: Iterable[str] | str, also: tuple, unused: Iterable[str] | str) -> None:
-    """Refuse what a trace that is there already was not made with."""
-    for option, given, traced in (("ignore", ignore, channels.ignored), ("unused", unused, channels.unused)):
-        given = (given,) if isinstance(given, str) else tuple(given)
-        if given and given != traced:
-            raise ValueError(
-                f"{option}={list(given)} came with channels=, a trace made with {option}={list(traced)}; give {option} "
-                f"to trace() instead."
-            )
-    if also and len(also) != len(channels.also):
-        raise ValueError(
-            f"{len(also)} inputs in also= came with channels=, a trace of {len(channels.also)} further calls; give "
-            f"also to trace() instead."
-        )
-
-
-def _warn_of_unknown(channels: Channels) -> None:
-    unreached = [cause.units for cause in channels.causes if cause.kind == "unreached"]
-    if unreached and any(channels.held(torch.cat(unreached)).values()):
-        names = ", ".join(channels.unreached[:4]) + (", ..." if len(channels.unreached) > 4 else "")
-        warnings.warn(
-            f"{len(channels.unreached)} parameter(s) are reached by no traced call, in train or eval mode: {names}. "
-            f"{len(torch.cat(unreached).unique()):,} units stay, for they have a size that such a branch could take. "
-            f"Trace the call that reaches them (also=[its inputs]), or name modules that nothing uses (unused=[...]).",
-            stacklevel=3,
-        )
-    causes = [cause for cause in channels.causes if cause.kind in NOT_UNDERSTOOD]
-    if causes and (share := channels.held(torch.cat([cause.units for cause in causes]))["macs"]) > NOTABLE:
-        warnings.warn(
-            f"{share:.0%} of the macs cannot be pruned, on account of: {in_words(causes)}. That is never wrong, but it "
-            f"narrows the choice; channels.explain() says what would free them.",
-            stacklevel=3,
-        )
-
-
 def _same(here: Any, there: Any) -> bool:
     if isinstance(here, Tensor):
         return isinstance(there, Tensor) and torch.equal(here, there.cpu())
     return here == there
-
-
-LIKED = (8, 4)
-"""Multiples that most kernels like, where no place is given."""
-
-
-def width_options(model: nn.Module, channels: Channels, budget: Budget, multiple: Any, latency: Any) -> dict[str, Any]:
-    """Return the options of :class:`Controller` that say what widths may be and how latency is known."""
-    auto = multiple == "auto" or (multiple is None and budget.latency is not None)
-    if isinstance(multiple, str) and not auto:
-        raise ValueError(f"multiple={multiple!r}; it must be an int of at least 1, or 'auto'.")
-    if budget.latency is None:
-        if latency is not None and not auto:
-            raise ValueError(
-                "latency= says where latency is measured, but the budget has no bound on it: give one, for example "
-                "budget={'latency': '4 ms'}, or multiple='auto' for widths that the place likes."
-            )
-        cost = None
-    else:
-        cost = None if latency is None else latency.cost(model, channels)
-    likes = LIKED if latency is None else latency.likes(cost)
-    return {"multiple": likes if auto else 1 if multiple is None else multiple, "latency": cost}
-
-
-def _placed(phase: tuple[float, float], maturity: float, placed: bool) -> str:
-    """Say where the phase lies and why."""
-    known = {0.0: "of a fresh network", 1.0: "of a trained network"}
-    weights = known.get(maturity, f"of one {maturity:.0%} on its way to a trained network")
-    place = f"phase {100 * phase[0]:.3g} to {100 * phase[1]:.3g} % of the run, "
-    return place + (f"for the weights at the start were those {weights}" if placed else "as asked")
-
-
-def _check_trainable(model: nn.Module) -> None:
-    parameters = dict(model.named_parameters())
-    if half := [name for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]:
-        raise ValueError(
-            f"parameter {half[0]!r} is {parameters[half[0]].dtype}: gates move by small steps that half precision "
-            f"rounds away. Keep the model in float32 and run it under torch.autocast."
-        )
-    if not any(p.requires_grad for p in parameters.values()):
-        raise ValueError(
-            "all parameters of the model are frozen (requires_grad is False), so nothing could recover from "
-            "pruning; set requires_grad_(True) on what is to be trained. Single frozen parameters are fine: they "
-            "are cut, not trained."
-        )

@@ -31,9 +31,10 @@ from ..controller import MIN_PHASE_STEPS, Controller, normalised_square
 from ..cost import Budget, Measured
 from ..datasets.images import Images
 from ..gates import Gated, gated_parameters
+from ..preparing import width_options
 from ..removal import check_same_model, remove
+from ..report import Report
 from ..selection import least
-from ..tailor import Report, width_options
 from ..training.batches import by_epoch
 from .criteria import global_l1, random, shrink_scales, slimming, start_anew, taylor, torch_pruning, uniform_l1
 

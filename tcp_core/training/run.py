@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..channels import Channels
-from ..tailor import Report, Tailor
+from ..report import Report
+from ..tailor import Tailor
 from .averaging import Average
 from .batches import channels_last, to_their_end
 from .checkpoints import CheckpointError, newest, plain, prepare, write

@@ -1,0 +1,90 @@
+"""What is checked and chosen before a network starts to be tailored."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .channels import Channels
+from .cost import Budget
+from .explanation import NOT_UNDERSTOOD, in_words
+
+NOTABLE = 0.1
+"""The share of the macs that operators which are not understood may hold before a warning says so."""
+
+LIKED = (8, 4)
+"""Multiples that most kernels like, where no place is given."""
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model that could not recover, or whose gates would be lost to rounding."""
+    parameters = dict(model.named_parameters())
+    if half := [name for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]:
+        raise ValueError(
+            f"parameter {half[0]!r} is {parameters[half[0]].dtype}: gates move by small steps that half precision "
+            f"rounds away. Keep the model in float32 and run it under torch.autocast."
+        )
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError(
+            "all parameters of the model are frozen (requires_grad is False), so nothing could recover from "
+            "pruning; set requires_grad_(True) on what is to be trained. Single frozen parameters are fine: they "
+            "are cut, not trained."
+        )
+
+
+def check_trace(channels: Channels, ignore: Iterable[str] | str, also: tuple, unused: Iterable[str] | str) -> None:
+    """Refuse what a trace that is there already was not made with."""
+    for option, given, traced in (("ignore", ignore, channels.ignored), ("unused", unused, channels.unused)):
+        given = (given,) if isinstance(given, str) else tuple(given)
+        if given and given != traced:
+            raise ValueError(
+                f"{option}={list(given)} came with channels=, a trace made with {option}={list(traced)}; give {option} "
+                f"to trace() instead."
+            )
+    if also and len(also) != len(channels.also):
+        raise ValueError(
+            f"{len(also)} inputs in also= came with channels=, a trace of {len(channels.also)} further calls; give "
+            f"also to trace() instead."
+        )
+
+
+def warn_of_unknown(channels: Channels) -> None:
+    """Warn of parameters that no traced call reaches, and of much that operators hold which are not understood."""
+    unreached = [cause.units for cause in channels.causes if cause.kind == "unreached"]
+    if unreached and any(channels.held(torch.cat(unreached)).values()):
+        names = ", ".join(channels.unreached[:4]) + (", ..." if len(channels.unreached) > 4 else "")
+        warnings.warn(
+            f"{len(channels.unreached)} parameter(s) are reached by no traced call, in train or eval mode: {names}. "
+            f"{len(torch.cat(unreached).unique()):,} units stay, for they have a size that such a branch could take. "
+            f"Trace the call that reaches them (also=[its inputs]), or name modules that nothing uses (unused=[...]).",
+            stacklevel=3,
+        )
+    causes = [cause for cause in channels.causes if cause.kind in NOT_UNDERSTOOD]
+    if causes and (share := channels.held(torch.cat([cause.units for cause in causes]))["macs"]) > NOTABLE:
+        warnings.warn(
+            f"{share:.0%} of the macs cannot be pruned, on account of: {in_words(causes)}. That is never wrong, but it "
+            f"narrows the choice; channels.explain() says what would free them.",
+            stacklevel=3,
+        )
+
+
+def width_options(model: nn.Module, channels: Channels, budget: Budget, multiple: Any, latency: Any) -> dict[str, Any]:
+    """Return the options of :class:`Controller` that say what widths may be and how latency is known."""
+    auto = multiple == "auto" or (multiple is None and budget.latency is not None)
+    if isinstance(multiple, str) and not auto:
+        raise ValueError(f"multiple={multiple!r}; it must be an int of at least 1, or 'auto'.")
+    if budget.latency is None:
+        if latency is not None and not auto:
+            raise ValueError(
+                "latency= says where latency is measured, but the budget has no bound on it: give one, for example "
+                "budget={'latency': '4 ms'}, or multiple='auto' for widths that the place likes."
+            )
+        cost = None
+    else:
+        cost = None if latency is None else latency.cost(model, channels)
+    likes = LIKED if latency is None else latency.likes(cost)
+    return {"multiple": likes if auto else 1 if multiple is None else multiple, "latency": cost}
