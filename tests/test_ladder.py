@@ -56,6 +56,13 @@ def test_networks_are_kept_apart_and_are_as_good_as_the_table_says(curve, images
     assert not set.intersection(*storages)
 
 
+def test_widths_that_kernels_like_hold_on_every_rung(images):
+    curve = descend(images, budgets=[{"macs": 0.6}, {"macs": 0.35}], epochs=8, multiple="auto")
+    for model in curve.models:
+        widths = tcp.trace(model, images[0].pixels[:2].float()).widths()
+        assert all(width % 4 == 0 for name, width in widths.items() if name != "linear"), widths
+
+
 def test_epochs_are_counted_on(curve):
     assert curve.history["epoch"].to_list() == list(range(1, 27))
     assert curve.history.groupby("rung").size().to_list() == [10, 8, 8]

@@ -21,6 +21,7 @@ from ..controller import Controller
 from ..cost import Budget, BudgetError
 from ..datasets.images import Images
 from ..maturity import maturity
+from ..preparing import width_options
 from ..storage import load, save
 from ..tracing import trace
 from . import checkpoints
@@ -151,7 +152,8 @@ def _planned(
     bounds = []
     for rung, (budget, passes) in enumerate(zip(budgets, epochs, strict=True)):
         known = {"maturity": 1.0 if rung else maturity(model)}  # later rungs start with a trained network
-        controller = Controller(channels, budget, steps=passes * length, **(known | given))
+        widths = width_options(model, channels, budget, options.get("multiple"), options.get("latency"))
+        controller = Controller(channels, budget, steps=passes * length, **(known | given | widths))
         dense |= controller.dense
         above, here = bounds[-1] if bounds else {}, dict(controller.bounds)
         if bounds and not any(here[name] < above.get(name, float("inf")) for name in here):
