@@ -18,7 +18,7 @@ from tcp_core.study import comparators
 from tcp_core.training import objective
 from tcp_core.training.recipe import parameter_groups, warmup_cosine
 
-EPOCHS, BATCH = 6, 20  # 96 steps with 320 images; ours is made smaller after about 14
+EPOCHS, BATCH = 6, 20  # 96 steps with 320 images; ours is made smaller after about 48
 
 
 @pytest.fixture(scope="module")
