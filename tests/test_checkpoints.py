@@ -2,9 +2,6 @@
 
 import errno
 import signal
-import subprocess
-import sys
-import time
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from tcp_core import fit, nets
 from tcp_core.datasets import sources
@@ -94,7 +92,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(images, tmp_path, method):
     assert len(list(tmp_path.iterdir())) == checkpoints.KEPT
 
 
-@pytest.mark.parametrize("every", [1, 16, 0])
+@pytest.mark.parametrize("every", [1, *(pytest.param(every, marks=pytest.mark.slow) for every in (16, 0))])
 def test_any_interval_will_do(images, tmp_path, every):
     whole = run(images)
     for stop in (1, 17, 33):
@@ -331,30 +329,25 @@ def test_removing_checkpoints_leaves_other_files(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed
 
-SCRIPT = """
-import sys, torch
-from tcp_core import fit, nets
-from tcp_core.datasets import sources
-torch.set_num_threads(1)
-torch.manual_seed(0)
-model = nets.small_resnet(widths=(8, 16, 32), blocks=1, num_classes=10, in_channels=1)
-train, val, _ = sources.digits()
-print("ready", flush=True)
-options = {"budget": {"macs": 0.4}, "epochs": 12, "batch_size": 64}
-result = fit(model, train, val, **options, checkpoints=sys.argv[1], checkpoint_every=1)
-torch.save([result.model.state_dict(), result.history["val_loss"].tolist()], sys.argv[2])
-"""
+
+def train_to(out, folder):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = nets.small_resnet(widths=(8, 16, 32), blocks=1, num_classes=10, in_channels=1)
+    options = {"budget": {"macs": 0.4}, "epochs": 6, "batch_size": 64, "checkpoints": folder, "checkpoint_every": 1}
+    result = fit(model, *sources.digits()[:2], **options)
+    torch.save([result.model.state_dict(), result.history["val_loss"].tolist()], out)
 
 
 def run_and_kill(folder, out, seconds=None):
-    """Run SCRIPT to its end, or until it has trained for some seconds; say whether it was killed."""
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        if seconds is not None:
-            time.sleep(seconds)
-            process.send_signal(signal.SIGKILL)
-    return process.returncode == -signal.SIGKILL
+    """Train in a process of its own to the end, or for some seconds; say whether it was killed."""
+    process = mp.get_context("fork").Process(target=train_to, args=(out, folder))
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
 
 
 def check_killed(tmp_path, waits):

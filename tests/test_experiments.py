@@ -129,7 +129,8 @@ def test_networks_of_others_are_declared_by_name(project, tmp_path, monkeypatch)
 
 
 def test_a_kernel_finds_what_its_parents_folder_has(project, tmp_path):
-    (tmp_path / "own_nets.py").write_text("from tcp_core.nets import small_resnet as net\n")
+    lines = ("def net(**options):", "    from tcp_core import nets", "    return nets.small_resnet(**options)")
+    (tmp_path / "own_nets.py").write_text("\n".join(lines))  # imports nothing where the network is not made
     path = project(declared("a: {fixed: {network: 'own_nets:net'}, grid: {macs: [0.5]}}"))
     notebook = nbformat.read(tmp_path / "notebooks" / "fake.ipynb", as_version=4)
     notebook.cells[1].source = "import own_nets\n" + notebook.cells[1].source
@@ -500,26 +501,31 @@ def run(path, name, *options):
     return subprocess.run(command(path, name, *options), capture_output=True, text=True, env=environment)
 
 
-def test_one_run(project, tmp_path):
+@pytest.mark.filterwarnings("ignore")  # of the kernel's client
+def test_one_run(project, tmp_path, capsys):
     key = "scratch/macs0.5"
-    told = run(project(), "run", key)
-    assert told.returncode == 0, told.stderr
-    assert f"done     {key} in " in told.stdout
-    assert "1 done, 0 running, 5 left, time left: about" in told.stdout
+    experiments.main(["run", str(project()), key])
+    told = capsys.readouterr().out
+    assert f"done     {key} in " in told
+    assert "1 done, 0 running, 5 left, time left: about" in told
     executed = tmp_path / "build" / "executed" / "small" / "scratch"
     assert "epoch 1\nepoch 2\n" in (executed / "macs0.5.log").read_text()
     assert "epoch 2" in (executed / "macs0.5.ipynb").read_text()
     assert not (tmp_path / "build/runs/small" / key / ".lock").exists()
-    assert "by another process" in run(project(), "run", key).stdout
+    experiments.main(["run", str(project()), key])
+    assert "by another process" in capsys.readouterr().out
     assert (tmp_path / "build/runs/small/scratch/began.txt").read_text().split() == ["macs0.5"]
 
 
+@pytest.mark.filterwarnings("ignore")  # of the kernel's client
 def test_a_run_that_fails(project):
-    told = run(project(declared("a: {grid: {macs: [0.5], fail: [true]}}")), "run", "a/macs0.5-fail")
-    assert told.returncode == 1
-    assert "FAILED   a/macs0.5-fail   log: " in told.stderr
-    assert "failed on purpose" in told.stderr
-    assert "\x1b" not in told.stderr
+    path = project(declared("a: {grid: {macs: [0.5], fail: [true]}}"))
+    with pytest.raises(SystemExit) as ended:  # with a text, which makes the status 1
+        experiments.main(["run", str(path), "a/macs0.5-fail"])
+    told = ended.value.code
+    assert "FAILED   a/macs0.5-fail   log: " in told
+    assert "failed on purpose" in told
+    assert "\x1b" not in told
 
 
 def test_status_and_list(project, capsys):

@@ -198,8 +198,15 @@ def test_cuts_that_fail_half_way_are_undone(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # asked for by torch.compile
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("what", ["tailor", "model", "layers"])
+@pytest.mark.parametrize(
+    ("what", "backend"),
+    [
+        *(("tailor", "aot_eager"), ("model", "eager"), ("layers", "eager")),
+        pytest.param("tailor", "eager", marks=pytest.mark.slow),
+        pytest.param("model", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("layers", "aot_eager", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_networks_go_on(what, backend):
     torch.compiler.reset()
     runs = []

@@ -81,7 +81,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [5, 10, 14])
+@pytest.mark.parametrize("after", [14, *(pytest.param(after, marks=pytest.mark.slow) for after in (5, 10))])
 def test_a_ladder_that_was_stopped_ends_as_if_it_had_not_been(curve, images, tmp_path, after):
     def stop(row):
         if row["epoch"] == after:

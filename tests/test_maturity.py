@@ -109,11 +109,29 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("make", [plain, lambda: plain(norm=False), perceptron], ids=["plain", "no norm", "perceptron"])
+MAKERS = {"plain": plain, "no norm": lambda: plain(norm=False), "perceptron": perceptron}
+FAST = {("perceptron", "sgd"), ("perceptron", "adam"), ("no norm", "adam")}
+
+
+@pytest.fixture(scope="module")
+def mature(images):
+    """A function that gives a network as it is after 15 epochs."""
+    torch.manual_seed(0)
+    model = plain()
+    trained(model, images, OPTIMIZERS["sgd"](model.parameters()), 15)
+    return lambda: copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "optimizer"),
+    [
+        pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow)
+        for case in itertools.product(MAKERS, OPTIMIZERS)
+    ],
+)
 def test_maturity_rises_while_a_network_is_trained(make, optimizer, images):
     torch.manual_seed(0)
-    model = make()
+    model = MAKERS[make]()
     optimizer = OPTIMIZERS[optimizer](model.parameters())
     seen = [maturity(model)]
     for epochs in (1, 4, 10):
@@ -128,11 +146,9 @@ def test_maturity_rises_while_a_network_is_trained(make, optimizer, images):
     assert maturity(model) >= 0.8
 
 
-def test_a_trained_network_gets_smaller_early_and_a_fresh_one_late(images):
-    torch.manual_seed(0)
-    model, x = plain(), images[0][:2]
-    fresh = tcp.Tailor(copy.deepcopy(model), x, budget={"macs": 0.5}, steps=1000)
-    trained(model, images, OPTIMIZERS["sgd"](model.parameters()), 15)
+def test_a_trained_network_gets_smaller_early_and_a_fresh_one_late(images, mature):
+    model, x = mature(), images[0][:2]
+    fresh = tcp.Tailor(plain(), x, budget={"macs": 0.5}, steps=1000)
     weights = copy.deepcopy(model.state_dict())
     late = tcp.Tailor(model, x, budget={"macs": 0.5}, steps=1000)
     assert fresh.report()["phase"] == PHASE_FRESH
@@ -153,10 +169,9 @@ def test_a_trained_network_gets_smaller_early_and_a_fresh_one_late(images):
     )
 
 
-def test_a_run_that_goes_on_in_a_fresh_network_keeps_its_phase(images):
+def test_a_run_that_goes_on_in_a_fresh_network_keeps_its_phase(images, mature):
     """Checkpoints bring the weights, and what was decided from those that the run started with."""
-    torch.manual_seed(0)
-    model = trained(net := plain(), images, OPTIMIZERS["sgd"](net.parameters()), 15)
+    model = mature()
     x, y = images[0][:32], images[1][:32]
     tailor = tcp.Tailor(model, x, budget={"macs": 0.5}, steps=400)
     for _ in range(5):

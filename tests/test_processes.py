@@ -163,19 +163,32 @@ def job_refused(rank, folder):
 
 
 def run(job, tmp_path):
-    mp.spawn(start, (2, tmp_path, job), nprocs=2)
+    mp.start_processes(start, (2, tmp_path, job), nprocs=2, start_method="fork")  # without importing all anew
     return [torch.load(tmp_path / f"{job.__name__}-{rank}.pt") for rank in (0, 1)]
 
 
-def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
-    first, second = run(job_whole, tmp_path)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What each of two processes came to."""
+    return run(job_whole, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def one():
+    """What one process with the doubled batch came to."""
+    return outcome(train(2 * BATCH))
+
+
+def test_two_processes_are_one_with_the_doubled_batch(whole, one):
+    first, second = whole
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
-    one = outcome(train(2 * BATCH))
     assert first["widths"] == one["widths"]
     assert first["trajectory"]["closed"] == one["trajectory"]["closed"]
     torch.testing.assert_close(first, one, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional:FutureWarning")
 def test_batch_norms_see_the_batches_of_all_processes(tmp_path):
     first, second = run(job_synchronised, tmp_path)
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
@@ -189,19 +202,17 @@ def test_running_statistics_are_the_same_in_all_processes(tmp_path):
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
 
 
-def test_two_processes_add_up_batches(tmp_path):
+def test_two_processes_add_up_batches(tmp_path, one):
     first, second = run(job_accumulated, tmp_path)
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
-    one = outcome(train(2 * BATCH))
     assert first["widths"] == one["widths"]
     torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-2, atol=1e-3)
 
 
-def test_two_processes_go_on_together(tmp_path):
+def test_two_processes_go_on_together(tmp_path, whole):
     first, second = run(job_resumed, tmp_path)
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
-    whole, _ = run(job_whole, tmp_path)
-    torch.testing.assert_close(first, whole, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(first, whole[0], rtol=0, atol=0, equal_nan=True)
 
 
 def test_all_processes_refuse_a_step_that_one_would_spoil(tmp_path):
@@ -216,6 +227,7 @@ def test_all_processes_refuse_a_step_that_one_would_spoil(tmp_path):
     assert second[0][0].startswith("the loss is nan at step")
 
 
+@pytest.mark.slow
 def test_two_processes_take_all_options(tmp_path):
     first, second = run(job_options, tmp_path)
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
@@ -270,6 +282,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -57,7 +57,7 @@ def job(rank, folder):
 
 
 def test_two_processes_stay_equal_and_are_one_with_the_doubled_batch(tmp_path):
-    mp.spawn(job, (tmp_path,), nprocs=2)
+    mp.start_processes(job, (tmp_path,), nprocs=2, start_method="fork")  # without importing all anew
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     model, tailor = without_norms()

@@ -16,21 +16,24 @@ from tcp_core.training.randomness import generators, random_state, set_random_st
 __all__ = ["images"]  # the fixture
 
 CPU = torch.device("cpu")
+KINDS = ("python", "numpy", "torch", "own numpy", "own python", "closure")
 
 
 class Augmented(Dataset):
-    """Images moved and made noisy by random numbers of one kind."""
+    """Images moved and made noisy by random numbers of one kind, or of all."""
 
     def __init__(self, images, kind):
         self.images, self.kind = images, kind
-        self.own = {"own numpy": np.random.default_rng(7), "own python": random.Random(7)}.get(kind)
-        self.transform = {"closure": noisy(torch.Generator().manual_seed(5))}.get(kind, lambda x: x)
+        # made only where they are drawn from, as every generator that is found is kept
+        self.own = np.random.default_rng(7) if kind in ("own numpy", "all") else None
+        self.other = random.Random(7) if kind in ("own python", "all") else None
+        self.transform = noisy(torch.Generator().manual_seed(5)) if kind in ("closure", "all") else lambda x: x
 
     def __len__(self):
         return len(self.images)
 
-    def draw(self):
-        match self.kind:
+    def draw(self, kind):
+        match kind:
             case "python":
                 return random.gauss(0, 0.1)
             case "numpy":
@@ -40,11 +43,13 @@ class Augmented(Dataset):
             case "own numpy":
                 return self.own.normal(0, 0.1)
             case "own python":
-                return self.own.gauss(0, 0.1)
+                return self.other.gauss(0, 0.1)
+            case "all":
+                return sum(map(self.draw, KINDS))
         return 0.0
 
     def __getitem__(self, index):
-        x = self.images.pixels[index].float() / 255 + self.draw()
+        x = self.images.pixels[index].float() / 255 + self.draw(self.kind)
         return self.transform(x), int(self.images.labels[index])
 
 
@@ -77,12 +82,12 @@ def check(images, tmp_path, kind, make, stops=(10, 40), every=7):
     same(whole, seeded(kind, make, images[1], tmp_path, every=every))
 
 
-@pytest.mark.parametrize("kind", ["python", "numpy", "torch", "own numpy", "own python", "closure"])
+@pytest.mark.parametrize("kind", ["all", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS)])
 def test_augmentation_goes_on(images, tmp_path, kind):
     check(images, tmp_path, kind, lambda kind: loader(images[0], kind))
 
 
-@pytest.mark.parametrize("every", [5, 16])
+@pytest.mark.parametrize("every", [5, pytest.param(16, marks=pytest.mark.slow)])
 def test_a_loader_s_own_generator_goes_on(images, tmp_path, every):
     make = lambda kind: loader(images[0], kind, generator=torch.Generator().manual_seed(11))  # noqa: E731
     check(images, tmp_path, "python", make, stops=(12, 33), every=every)

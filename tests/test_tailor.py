@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 import warnings
 
@@ -75,14 +76,29 @@ def train_until_frozen(tailor, optimizer, x, y, **options):
     return steps
 
 
+def some_of(*values, step):
+    """All combinations of the values; all but every `step`th are slow.
+
+    Where `step` has no divisor in common with the number of values, each value stays among the fast ones.
+    """
+    return [
+        pytest.param(*case, marks=[pytest.mark.slow] if number % step else [], id="-".join(map(str, case)))
+        for number, case in enumerate(itertools.product(*values))
+    ]
+
+
 # -------------------------------------------------------------------------------------------------
 # The budget
 
 
-@pytest.mark.parametrize("kinds", [("macs",), ("params",), ("macs", "params")], ids="+".join)
-@pytest.mark.parametrize("share", [0.8, 0.6, 0.4, 0.2])
-@pytest.mark.parametrize("name", ["small_resnet", *RECIPES, "resnet20"])
+KINDS = ["macs", "params", "macs+params"]
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "kinds"), some_of(["small_resnet", *RECIPES, "resnet20"], [0.8, 0.6, 0.4, 0.2], KINDS, step=5)
+)
 def test_the_budget_is_met_and_used(name, share, kinds):
+    kinds = kinds.split("+")
     tailor, x, y = tailored(name, dict.fromkeys(kinds, share))
     optimizer = sgd(tailor.model.parameters())
     train_until_frozen(tailor, optimizer, x, y)
@@ -194,8 +210,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("name", ["chain", "depthwise", "dense", "tied"])
+@pytest.mark.parametrize(("name", "kind"), some_of(["chain", "depthwise", "dense", "tied"], OPTIMIZERS, step=4))
 def test_shrinking_mid_run_is_no_jump(name, kind):
     """Run A goes on in the smaller network, run B in the gated dense one: the same losses, weights and moments."""
     runs = []

@@ -17,7 +17,9 @@ from tcp_core import trace
 
 tp = pytest.importorskip("torch_pruning")
 
-NETWORKS = ("resnet18", "mobilenet_v2", "densenet121", "regnet_y_400mf")
+# sums, depthwise convolutions, concatenations, groups; its walk takes seconds in the last two
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("densenet121", "regnet_y_400mf")]
+NETWORKS = ["resnet18", "mobilenet_v2", "squeezenet1_1", *SLOW]
 CHANNELS_PER_LAYER = 3
 LAYERS = nn.Conv2d | nn.Linear | nn.BatchNorm2d
 GROUPED = (tp.prune_conv_in_channels, tp.prune_conv_out_channels)

@@ -1,4 +1,7 @@
-"""Exactness on torchvision's networks: one of each family here, all of them in benchmarks/zoo_exactness.py."""
+"""Exactness on torchvision's networks: one of each family here, all of them in benchmarks/zoo_exactness.py.
+
+In the fast set is one of each kind of block: those of the slow ones are wider, or in another one as well.
+"""
 
 import pytest
 from zoo import REPRESENTATIVES, exactness, names
@@ -7,7 +10,12 @@ from zoo import REPRESENTATIVES, exactness, names
 LAYER_NORMED = ("convnext_tiny", "vit_b_16", "swin_t", "swin_v2_t")
 
 
-@pytest.mark.parametrize("name", REPRESENTATIVES)
+SLOW = ("resnext50_32x4d", "regnet_x_400mf", "mnasnet0_5", "efficientnet_v2_s", "alexnet", "vit_b_16", "swin_v2_t")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in REPRESENTATIVES]
+)
 def test_closed_is_removed_and_cost_is_exact(name):
     row = exactness(name, subsets=2)
     assert row["max_relative_error"] < 1e-5
