@@ -1,0 +1,25 @@
+"""The set that is run at every change stays one that takes minutes."""
+
+import conftest
+import pytest
+
+
+def told(item, monkeypatch, limit):
+    """What is said of a test that took a moment, were that more than the limit."""
+    call = conftest.pytest_runtest_call(item)
+    next(call)
+    with monkeypatch.context() as patch, pytest.raises((StopIteration, pytest.fail.Exception)) as ended:
+        patch.setattr(conftest, "LIMIT", limit)
+        call.send("what it gave")
+    return ended.value.value if ended.type is StopIteration else str(ended.value)
+
+
+def test_a_fast_test_that_takes_too_long_fails(request, monkeypatch):
+    assert told(request.node, monkeypatch, 20) == "what it gave"
+    assert "make it cheaper, or mark it slow" in told(request.node, monkeypatch, -1)
+
+
+@pytest.mark.parametrize("mark", ["slow", "soak"])
+def test_a_slow_test_may_take_long(request, monkeypatch, mark):
+    request.node.add_marker(mark)
+    assert told(request.node, monkeypatch, -1) == "what it gave"
