@@ -8,9 +8,10 @@ def told(item, monkeypatch, limit):
     """What is said of a test that took a moment, were that more than the limit."""
     call = conftest.pytest_runtest_call(item)
     next(call)
-    with monkeypatch.context() as patch, pytest.raises((StopIteration, pytest.fail.Exception)) as ended:
+    with monkeypatch.context() as patch:
         patch.setattr(conftest, "LIMIT", limit)
-        call.send("what it gave")
+        with pytest.raises((StopIteration, pytest.fail.Exception)) as ended:
+            call.send("what it gave")
     return ended.value.value if ended.type is StopIteration else str(ended.value)
 
 
