@@ -102,12 +102,20 @@ class Budget:
 
         ``dense`` is the cost of the dense network. Fractions are rounded down, so that a network within the returned
         bound is within the fraction. ``flops`` becomes a bound on macs (the stricter one if both are given).
+
+        Raises:
+            BudgetError: if ``dense`` lacks a cost of which a fraction was given.
         """
         bounds: dict[str, float] = {}
         for key, value in self._bounds().items():
             cost = "macs" if key == "flops" else key
             bound = _parse(key, value)
             if isinstance(bound, Fraction):
+                if cost not in dense:
+                    raise BudgetError(
+                        f"a budget of {value!r} of the dense network's {cost} needs that {cost}; dense has "
+                        f"{', '.join(dense)}. Give what a run's report has: result.report['dense']."
+                    )
                 bound = bound.of(dense[cost])
             elif key == "flops":
                 bound //= 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -118,6 +118,16 @@ def _top_up(
     return winning
 
 
+FULL = 0.999
+"""A bound is used up from this share of it on."""
+
+NEARLY_FULL = 0.995
+"""Below this share a block is let in at the expense of as many others as it takes."""
+
+MOVES = 32
+"""So many blocks are weighed at once for leaving or entering, those that cost least; each pair of them is counted."""
+
+
 def tighten(
     channels: Channels,
     winning: Tensor,
@@ -129,92 +139,130 @@ def tighten(
 ) -> Tensor:
     """Return ``winning`` with single units, or blocks, exchanged until a bound is used to 99.9 %, as far as possible.
 
-    Matters where one unit (with ``multiple``, one block) costs more than what is left. Each exchange takes the worst
-    open units of one family for the best closed ones of another, and is the one that fills the bounds best.
+    Matters where one unit (with ``multiple``, one block) costs more than what is left. In each exchange two or three
+    families change at once: the worst open units of one leave, or the best closed ones enter.
     """
     model = channels.cost_model if cost is None else cost
+    limits = min_width, multiple
 
-    def used(open_units: Tensor) -> float:
+    def used(open_units: Tensor) -> Tensor:
         found = model.exact(open_units)
-        return max(found[name] / bound for name, bound in bounds.items())
+        return torch.tensor([found[name] / bound for name, bound in bounds.items()], dtype=torch.float64)
 
-    for _ in range(50):
-        if used(winning) >= 0.999:
-            break
-        leaving, entering = _exchangeable(channels, winning, score, min_width, multiple)
-        if not leaving or not entering:
-            break
-        found = model.exact(winning)
-        out, into = (
-            [model.exact(winning.index_fill(0, units, opened)) for units in sides]
-            for sides, opened in ((leaving, False), (entering, True))
-        )
-        filled = torch.stack(
-            [
-                torch.tensor([each[name] - found[name] for each in out])[:, None] / bound
-                + torch.tensor([each[name] for each in into]) / bound
-                for name, bound in bounds.items()
-            ]
-        ).amax(0)
-        # The differences add up but for units that meet in one layer: the most promising pairs are recounted.
-        best = winning
-        for index in filled.where(filled <= 1.01, -1.0).flatten().argsort(descending=True, stable=True)[:30].tolist():
-            candidate = winning.clone()
-            candidate[leaving[index // len(entering)]] = False
-            candidate[entering[index % len(entering)]] = True
-            if used(best) < used(candidate) <= 1:
-                best = candidate
-        if best is winning and multiple > 1:  # blocks are coarse: let two enter for one, or leave for one
-            pairs = [*_pairs(leaving, entering, out, into, bounds, found)]
-            candidates = (winning.index_fill(0, units, False).index_fill(0, more, True) for units, more in pairs)
-            best = max((each for each in candidates if used(each) <= 1), key=used, default=winning)
-            best = best if used(best) > used(winning) else winning
-        if best is winning:
-            break
-        # a unit costs less once a neighbour in its layer has left
+    def filled(open_units: Tensor) -> Tensor:  # a unit costs less once a neighbour in its layer has left
         order = score.double().where(channels.prunable, torch.inf).argsort(descending=True, stable=True)
-        _, block = _blocks(channels, order, min_width, multiple)
-        rest = order[~best[order]]
+        _, block = _blocks(channels, order, *limits)
+        rest = order[~open_units[order]]
         if block is not None:
             rest = rest[block[rest].argsort(stable=True)]
             rest = rest[score.double()[block[rest]].argsort(descending=True, stable=True)]
-        winning = _top_up(model, best, rest, bounds, block)
+        return _top_up(model, open_units, rest, bounds, block)
+
+    def exchanged(open_units: Tensor) -> Tensor:
+        while used(open_units).max() < FULL:
+            moves = _moves(channels, open_units, score, *limits)
+            better = _exchange(open_units, moves, score, used)
+            if better is None:
+                break
+            open_units = filled(better)
+        return open_units
+
+    winning = exchanged(winning)
+    if used(winning).max() < NEARLY_FULL:
+        moves = _moves(channels, winning, score, *limits)
+        entered = [_entered(channels, winning, *each, score, limits, used) for each in moves if not winning[each[1][0]]]
+        others = [exchanged(filled(each)) for each in entered if each is not None]
+        winning = max([winning, *others], key=lambda each: float(used(each).max()))
     return winning
 
 
-def _pairs(leaving, entering, out, into, bounds, found) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return the 60 most promising exchanges of one block for two or two for one, as (leaving, entering) units."""
-
-    def shares(costs: Sequence[Mapping[str, float]]) -> list[float]:  # of the bound that is nearest to its limit
-        name = max(bounds, key=lambda name: found[name] / bounds[name])
-        return [(cost[name] - found[name]) / bounds[name] for cost in costs]
-
-    room = 1 - max(found[name] / bound for name, bound in bounds.items())
-    less, more = list(enumerate(shares(out))), list(enumerate(shares(into)))
-    found_pairs = [(a + b + c, (i,), (j, k)) for i, a in less for (j, b), (k, c) in itertools.combinations(more, 2)]
-    found_pairs += [(a + b + c, (i, k), (j,)) for j, a in more for (i, b), (k, c) in itertools.combinations(less, 2)]
-    found_pairs = sorted((each for each in found_pairs if 0 < each[0] <= room + 0.01), reverse=True)
-    for _, gone, come in found_pairs[:60]:
-        yield torch.cat([leaving[i] for i in gone]), torch.cat([entering[j] for j in come])
-
-
-def _exchangeable(
-    channels: Channels, winning: Tensor, score: Tensor, min_width: int, multiple: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return per family the worst units that could leave, and the best that could enter, so that its width is a
-    multiple before and after.
+def _entered(
+    channels: Channels,
+    winning: Tensor,
+    family: int,
+    units: Tensor,
+    score: Tensor,
+    limits: tuple[int | float, int],
+    used: Callable[[Tensor], Tensor],
+) -> Tensor | None:
+    """Return ``winning`` with ``units`` of a family entered, and of others the worst left until it fits; None if it
+    never does.
     """
-    leaving, entering = [], []
-    for family in channels.families:
+    winning = winning.index_fill(0, units, True)
+    while used(winning).max() > 1:
+        moves = _moves(channels, winning, score, *limits)
+        leaving = [other for number, other in moves if number != family and winning[other[0]]]
+        if not leaving:
+            return None
+        winning = winning.index_fill(0, min(leaving, key=lambda other: float(score[other].mean())), False)
+    return winning
+
+
+def _exchange(
+    winning: Tensor, moves: list[tuple[int, Tensor]], score: Tensor, used: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """Return ``winning`` after two or three of ``moves``: of those that use a bound up, the ones that lose the least
+    importance, else the ones that use it best. None if no bound can be used better.
+
+    ``used`` is the share of each bound, float64 ``[bounds]``. Costs are bilinear: three moves cost what they cost one
+    by one, and what they cost more in pairs. That is exact for macs and params; others are recounted.
+    """
+
+    def after(which: Iterable[int]) -> Tensor:
+        units = torch.cat([moves[index][1] for index in which])
+        return winning.index_put((units,), ~winning[units])
+
+    now = used(winning)
+    alone = [used(after([index])) - now for index in range(len(moves))]
+    cheapest = sorted(range(len(moves)), key=lambda index: float(alone[index].abs().max()))[:MOVES]
+    moves, alone = [moves[index] for index in cheapest], [alone[index] for index in cheapest]
+    if len(moves) < 2:
+        return None
+    alone = torch.stack(alone)
+    family = torch.tensor([index for index, _ in moves])
+    gain = torch.stack([score[units].mean() for _, units in moves]).double() * alone.sum(1)
+    together = torch.zeros(len(moves), len(moves), len(now), dtype=torch.float64)
+    for i, j in itertools.combinations(range(len(moves)), 2):
+        if family[i] != family[j]:
+            together[i, j] = used(after([i, j])) - now - alone[i] - alone[j]
+    best = None
+    for size in (2, 3):
+        which = torch.combinations(torch.arange(len(moves)), size)
+        pairs = [(which[:, i], which[:, j]) for i, j in itertools.combinations(range(size), 2)]
+        share = (now + alone[which].sum(1) + sum(together[pair] for pair in pairs)).amax(1)
+        allowed = (share > now.max()) & (share <= 1)
+        for i, j in pairs:
+            allowed &= family[i] != family[j]
+        which, share = which[allowed], share[allowed]
+        worth = torch.where(share >= FULL, 1e9 + gain[which].sum(1) / gain.abs().max().clamp(min=1e-30), share)
+        for index in worth.argsort(descending=True, stable=True)[:30].tolist():
+            candidate = after(which[index].tolist())
+            found = used(candidate).max()
+            if found <= 1 and found > (now if best is None else used(best)).max():
+                best = candidate
+                break
+        if best is not None and used(best).max() >= FULL:
+            break
+    return best
+
+
+def _moves(
+    channels: Channels, winning: Tensor, score: Tensor, min_width: int | float, multiple: int
+) -> list[tuple[int, Tensor]]:
+    """Return, with the number of their family, the worst units that could leave it, and the best that could enter, so
+    that its width is a multiple before and after.
+    """
+    moves = []
+    for number, family in enumerate(channels.families):
         inside, outside = family.units[winning[family.units]], family.units[~winning[family.units]]
         removable = inside[channels.prunable[inside]]
         size = len(inside) % multiple or multiple  # a family that is whole need not be a multiple
         fewest = -(-least(min_width, family) // multiple) * multiple
         if len(inside) - size >= fewest and len(removable) >= size:
-            leaving.append(removable[score[removable].argsort(descending=True, stable=True)[-size:]])
+            moves.append((number, removable[score[removable].argsort(descending=True, stable=True)[-size:]]))
         if len(outside):
-            entering.append(outside[score[outside].argsort(descending=True, stable=True)[:multiple]])
-    return leaving, entering
+            moves.append((number, outside[score[outside].argsort(descending=True, stable=True)[:multiple]]))
+    return moves
 
 
 ENOUGH = 0.98

@@ -63,6 +63,26 @@ def test_widths_that_kernels_like_hold_on_every_rung(images):
         assert all(width % 4 == 0 for name, width in widths.items() if name != "linear"), widths
 
 
+def clock(network, factor=1.0):
+    """A made-up time, by which a network is as fast as its layers are narrow."""
+    widths = [m.out_channels for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+    return factor * (1 + 0.1 * sum(widths))
+
+
+def slow_clock(network):
+    return clock(network, 2.0)
+
+
+def test_latency_falls_from_rung_to_rung_in_parts_of_the_dense_network_s(images, tmp_path):
+    how = {"budgets": [{"latency": 0.8}, {"latency": 0.5}], "epochs": 8, "folder": tmp_path}
+    curve = descend(images, latency=tcp.Latency(clock, progress=False), **how)
+    for model, share, (_, row) in zip(curve.models, (0.8, 0.5), curve.table.iterrows(), strict=True):
+        assert clock(model) == pytest.approx(row["latency"])
+        assert 0.9 * share <= clock(model) / clock(build()) <= share
+    with pytest.raises(ValueError, match="holds a ladder with"):  # measured in another place
+        descend(images, latency=tcp.Latency(slow_clock, progress=False), **how)
+
+
 def test_epochs_are_counted_on(curve):
     assert curve.history["epoch"].to_list() == list(range(1, 27))
     assert curve.history.groupby("rung").size().to_list() == [10, 8, 8]

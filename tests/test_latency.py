@@ -476,6 +476,20 @@ def test_a_machine_that_is_too_noisy(resnet):
         tailored(noisy, {"latency": 0.5})
 
 
+def test_a_machine_that_becomes_noisy_is_warned_of_and_the_run_goes_on():
+    generator, quiet = np.random.default_rng(0), [True]
+
+    def clock(network):
+        return of_network(network) * (1 if quiet[0] else generator.uniform(0.7, 1.0))
+
+    tailor = tailored(clock, {"latency": 0.9})
+    quiet[0] = False
+    with pytest.warns(RuntimeWarning, match=r"noisy now: .* are \d+\.\d% apart, more than noise=10%"):
+        trained(tailor, 60)
+    assert tailor.frozen
+    assert tailor.report()["measured"]["spread"] > 0.1
+
+
 def test_options_that_make_no_sense():
     with pytest.raises(tcp.BudgetError, match=r"latency budget needs a place .* latency=tcp\.Latency\("):
         tailored(None, {"latency": 0.5})

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import tcp_core as tcp
 from tcp_core import trace
 from tcp_core.training import frames, plots
 
@@ -83,6 +84,15 @@ def test_cost_is_in_percent_of_dense_with_its_budget():
     text = texts(plots.cost_figure(trajectory(), budget=absolute, dense=DENSE))
     assert "macs 50.00 %\nbudget 50 %" in text
     assert "params 70.00 %\nbudget 80 %" in text
+
+
+def test_every_cost_with_a_budget_is_drawn():
+    frame = trajectory()
+    frame["latency"], frame["latency_schedule"] = 4e-7 * frame["macs"], 4e-7 * frame["macs_schedule"]
+    dense = DENSE | {"latency": 4e-7 * DENSE["macs"]}
+    assert "latency 50.00 %\nbudget 60 %" in texts(plots.cost_figure(frame, budget={"latency": 0.6}, dense=dense))
+    with pytest.raises(tcp.BudgetError, match=r"needs that latency; dense has macs, params\. Give"):
+        plots.cost_figure(frame, budget={"latency": 0.6}, dense=DENSE)
 
 
 @pytest.mark.parametrize("layers", [1, 7, 8, 56, 300])

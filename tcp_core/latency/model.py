@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -152,11 +153,20 @@ class LatencyCost:
         """Return what the network that keeps ``open_units`` takes, measured.
 
         It takes turns with the dense one; what that one takes more or less than before, the machine is slower or
-        faster than then, and the answer is corrected by it.
+        faster than then, and the answer is corrected by it. A spread above ``noise`` is warned of: a run is not thrown
+        away for it.
         """
         timing, dense = self._measure(open_units)
-        drift = self.calibration["dense"] / dense.ms
-        return Timing(timing.ms * drift, max(timing.spread, dense.spread), timing.least * drift)
+        drift, spread = self.calibration["dense"] / dense.ms, max(timing.spread, dense.spread)
+        if spread > self.noise:
+            warnings.warn(
+                f"the machine is noisy now: the quartiles of repeated measurements are {spread:.1%} apart, more than "
+                f"noise={self.noise:.0%}. The delivered latency is no more exact than that: measure the network again "
+                f"on a quiet machine.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return Timing(timing.ms * drift, spread, timing.least * drift)
 
     def agree(self, open_units: Tensor, ms: float) -> None:
         """Have the model say of ``open_units`` what was measured, and of all others in proportion."""

@@ -20,6 +20,7 @@ from torch import nn
 from ..controller import Controller
 from ..cost import Budget, BudgetError
 from ..datasets.images import Images
+from ..latency.place import Latency
 from ..maturity import maturity
 from ..preparing import width_options
 from ..storage import load, save
@@ -135,7 +136,7 @@ UNSAID = ("device", "on_step", "verbose")
 
 def _said(value: Any) -> str:
     """Return what an option is, in words that are the same in the next process: no address in memory."""
-    plain = str, Number, NoneType, list, tuple, dict
+    plain = str, Number, NoneType, list, tuple, dict, Latency
     return repr(value) if isinstance(value, plain) else getattr(value, "__qualname__", type(value).__qualname__)
 
 

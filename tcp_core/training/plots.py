@@ -96,12 +96,13 @@ def cost_figure(trajectory: pd.DataFrame, *, budget, dense, epochs: float | None
     """Draw how a run's cost went down to its budget, and below it the strength that took it there.
 
     `trajectory` is the run's data frame, `budget` what was asked for (a `Budget` or its dict) and
-    `dense` the dense network's costs, {"macs": int, "params": int}; costs are drawn in percent of
-    those. Gates close in the shaded phase, from the first re-ranking to the last; the axis ends at
-    `epochs`, the run's length, if given.
+    `dense` the dense network's costs (`result.report["dense"]`); macs, params and what the budget
+    bounds are drawn in percent of those. Gates close in the shaded phase, from the first re-ranking
+    to the last; the axis ends at `epochs`, the run's length, if given.
     """
     require("trajectory", trajectory, TRAJECTORY)
     bounds = Budget.of(budget).resolve(dense)
+    costs = dict.fromkeys(("macs", "params", *bounds))
     epoch = trajectory["epoch"].to_numpy(float)
     start, stop = epoch[0], epoch[-1]
     end = stop if epochs is None else epochs
@@ -110,8 +111,8 @@ def cost_figure(trajectory: pd.DataFrame, *, budget, dense, epochs: float | None
         for axes in (top, bottom):
             axes.axvspan(start, stop, color=COLORS["phase"], linewidth=0, zorder=0)
         labels = []
-        for cost in ("macs", "params"):
-            color, full = COLORS[cost], dense[cost] / 100
+        for cost in costs:
+            color, full = COLORS.get(cost, COLORS["tailored"]), dense[cost] / 100
             percent = trajectory[cost].to_numpy(float) / full
             if cost in bounds:
                 bound = bounds[cost] / full
