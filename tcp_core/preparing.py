@@ -16,8 +16,8 @@ from .explanation import NOT_UNDERSTOOD, in_words
 NOTABLE = 0.1
 """The share of the macs that operators which are not understood may hold before a warning says so."""
 
-LIKED = (8, 4)
-"""Multiples that most kernels like, where no place is given."""
+LIKED = (8, 4, 1)
+"""Multiples that most kernels like, largest first, where no place is given; 1 for networks too small for them."""
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -74,17 +74,17 @@ def warn_of_unknown(channels: Channels) -> None:
 
 def width_options(model: nn.Module, channels: Channels, budget: Budget, multiple: Any, latency: Any) -> dict[str, Any]:
     """Return the options of :class:`Controller` that say what widths may be and how latency is known."""
-    auto = multiple == "auto" or (multiple is None and budget.latency is not None)
+    auto = multiple == "auto"
     if isinstance(multiple, str) and not auto:
         raise ValueError(f"multiple={multiple!r}; it must be an int of at least 1, or 'auto'.")
     if budget.latency is None:
         if latency is not None and not auto:
             raise ValueError(
                 "latency= says where latency is measured, but the budget has no bound on it: give one, for example "
-                "budget={'latency': '4 ms'}, or multiple='auto' for widths that the place likes."
+                "budget={'latency': '4 ms'}, or leave multiple at 'auto' for widths that the place likes."
             )
         cost = None
     else:
         cost = None if latency is None else latency.cost(model, channels)
     likes = LIKED if latency is None else latency.likes(cost)
-    return {"multiple": likes if auto else 1 if multiple is None else multiple, "latency": cost}
+    return {"multiple": likes if auto else multiple, "latency": cost}

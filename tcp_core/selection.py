@@ -194,7 +194,7 @@ def _entered(
         leaving = [other for number, other in moves if number != family and winning[other[0]]]
         if not leaving:
             return None
-        winning = winning.index_fill(0, min(leaving, key=lambda other: float(score[other].mean())), False)
+        winning = winning.index_fill(0, min(leaving, key=lambda other: float(score[other].double().mean())), False)
     return winning
 
 
@@ -220,7 +220,7 @@ def _exchange(
         return None
     alone = torch.stack(alone)
     family = torch.tensor([index for index, _ in moves])
-    gain = torch.stack([score[units].mean() for _, units in moves]).double() * alone.sum(1)
+    gain = torch.stack([score[units].double().mean() for _, units in moves]) * alone.sum(1)
     together = torch.zeros(len(moves), len(moves), len(now), dtype=torch.float64)
     for i, j in itertools.combinations(range(len(moves)), 2):
         if family[i] != family[j]:
@@ -230,7 +230,7 @@ def _exchange(
         which = torch.combinations(torch.arange(len(moves)), size)
         pairs = [(which[:, i], which[:, j]) for i, j in itertools.combinations(range(size), 2)]
         share = (now + alone[which].sum(1) + sum(together[pair] for pair in pairs)).amax(1)
-        allowed = (share > now.max()) & (share <= 1)
+        allowed = (share > now.max()) & (share <= 1 + 1e-9)  # what is exactly full, in floating point
         for i, j in pairs:
             allowed &= family[i] != family[j]
         which, share = which[allowed], share[allowed]
@@ -313,12 +313,13 @@ def settle(
     return *best, len(seen)
 
 
-LARGEST_BLOCK = 0.02
-"""Share of the budget that the cheapest block may cost, where the multiple is chosen."""
+LARGEST_BLOCK, LARGEST_SMALL_BLOCK = 0.02, 0.04
+"""Share of the budget that the cheapest block may cost, where the multiple is chosen; of 4 units and less it may be
+more, for at widths that are not even multiples of 4 some runtimes leave their fast kernels altogether."""
 
 
 def liked(channels: Channels, share: Tensor, candidates: Sequence[int]) -> int:
-    """Return the largest of ``candidates`` (falling) with blocks small enough to come near the budget, or the last.
+    """Return the largest of ``candidates`` (falling) with blocks small enough for the budget, or the last.
 
     ``share`` is what each unit costs of the budget, float ``[units]``.
     """
@@ -328,6 +329,6 @@ def liked(channels: Channels, share: Tensor, candidates: Sequence[int]) -> int:
             for family in channels.families
             if len(family.units) > multiple and channels.prunable[family.units].any()
         ]
-        if blocks and min(blocks) <= LARGEST_BLOCK:
+        if blocks and min(blocks) <= (LARGEST_BLOCK if multiple > 4 else LARGEST_SMALL_BLOCK):
             return multiple
     return candidates[-1]

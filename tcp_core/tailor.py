@@ -32,9 +32,8 @@ class Tailor(Gated):
         also, unused: further calls and modules that no call reaches, see :func:`tcp_core.trace`.
         min_width: the fewest units that stay in each family, or a share of them as a float in (0, 1), so that a cost
             without a budget of its own cannot empty a layer.
-        multiple: make widths multiples of this, which kernels like; 1: any. "auto": what the place of ``latency``
-            likes, or 8 or 4 without one, the largest with blocks small enough to come near the budget. None: "auto" for
-            a budget of latency, else 1.
+        multiple: make widths multiples of this, which kernels like; 1: any. "auto": of what the place of ``latency``
+            likes, or 8 and 4 without one, the largest with blocks small enough for the budget; 1 if there is none.
         latency: where latency is measured, a :class:`tcp_core.Latency`; needed for a budget of it.
         channels: the model's trace, if it has been made already.
         carry: moving averages of the model that exist already; later ones are given to :meth:`carry`.
@@ -69,7 +68,7 @@ class Tailor(Gated):
         also: Iterable[Any] = (),
         unused: Iterable[str] | str = (),
         min_width: int | float = 1,
-        multiple: int | str | None = None,
+        multiple: int | str = "auto",
         latency: Any = None,
         channels: Channels | None = None,
         carry: Iterable[Average] = (),

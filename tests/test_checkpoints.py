@@ -263,7 +263,7 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(images, tmp_path):
         ({}, {"momentum": 0.8}, r"optimizer.groups.0.momentum: 0.9 then, 0.8 now"),
         ({}, {"method": "dense"}, r"bounds.macs: \d+ then, absent now"),
         ({}, {"phase": (0.1, 0.3)}, r"phase: 'auto' then, \(0.1, 0.3\) now"),
-        ({}, {"multiple": 2}, "multiple: 1 then, 2 now"),
+        ({}, {"multiple": 2}, "multiple: 'auto' then, 2 now"),
         ({}, {"min_width": 2}, "min_width: 1 then, 2 now"),
         ({}, {"lookahead": 0.3}, "lookahead: 0.2 then, 0.3 now"),
         ({}, {"ramp": 0.5}, "ramp: 0.4 then, 0.5 now"),
@@ -313,7 +313,7 @@ def test_defaults_that_are_written_out_are_the_same_run(images, tmp_path):
     whole = run(images)
     with pytest.raises(Stop):
         run(images, tmp_path, stop=20)
-    same(whole, run(images, tmp_path, phase="auto", min_width=1, ignore=(), multiple=1))
+    same(whole, run(images, tmp_path, phase="auto", min_width=1, ignore=(), multiple="auto"))
 
 
 def test_removing_checkpoints_leaves_other_files(tmp_path):

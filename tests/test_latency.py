@@ -1,5 +1,6 @@
 """Latency as a budget, on made-up clocks with steps: no test here depends on how long anything takes."""
 
+import copy
 import importlib.util
 import json
 import math
@@ -132,11 +133,11 @@ def test_latency_beside_macs_and_memory(resnet):
     assert max(found["macs"] / controller.bounds["macs"], of_network(small) / controller.bounds["latency"]) > 0.97
 
 
-def small_net():
+def small_net(first=32, second=64):
     return nn.Sequential(
-        *(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
-        *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4)),
+        *(nn.Conv2d(3, first, 3, padding=1), nn.BatchNorm2d(first), nn.ReLU()),
+        *(nn.Conv2d(first, second, 3, padding=1), nn.BatchNorm2d(second), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(second, 4)),
     )
 
 
@@ -151,10 +152,10 @@ def trained(tailor, steps, first=0):
         tailor.step()
 
 
-def tailored(clock, budget, steps=60, **options):
+def tailored(clock, budget, steps=60, model=None, **options):
     torch.manual_seed(0)
     options = {"latency": None if clock is None else place(clock), "phase": (0.0, 1.0)} | options
-    return tcp.Tailor(small_net(), torch.randn(2, 3, 8, 8), budget=budget, steps=steps, **options)
+    return tcp.Tailor(model or small_net(), torch.randn(2, 3, 8, 8), budget=budget, steps=steps, **options)
 
 
 def test_a_training_run_ends_within_the_latency_and_says_how_it_knows():
@@ -424,7 +425,7 @@ def test_a_progress_bar_says_how_far_it_is(resnet, capsys):
 
 @pytest.mark.parametrize("latency", [None, of_layer_too, of_network])
 def test_multiples_that_the_place_likes(latency):
-    tailor = tailored(latency, {"macs": 0.5}, multiple="auto")
+    tailor = tailored(latency, {"macs": 0.5}, model=small_net(128, 256))
     trained(tailor, 60)
     report = tailor.report()
     assert report["multiple"] == 4  # blocks of 8 would be more than 2 % of this budget
@@ -436,10 +437,28 @@ def test_multiples_that_the_place_likes(latency):
 
 def test_wide_networks_get_the_larger_multiple(resnet):
     _, channels = resnet
-    assert Controller(channels, {"macs": 0.5}, steps=100, multiple=(8, 4)).multiple == 4
+    assert Controller(channels, {"macs": 0.5}, steps=100, multiple=(8, 4, 1)).multiple == 4
     wide = nn.Sequential(nn.Conv2d(3, 1024, 3), nn.ReLU(), nn.Conv2d(1024, 1024, 3), nn.ReLU(), nn.Conv2d(1024, 4, 3))
     traced = tcp.trace(wide, torch.randn(1, 3, 8, 8))
-    assert Controller(traced, {"macs": 0.5}, steps=100, multiple=(8, 4)).multiple == 8
+    assert Controller(traced, {"macs": 0.5}, steps=100, multiple=(8, 4, 1)).multiple == 8
+
+
+def test_by_default_widths_are_what_kernels_like_where_that_costs_little(resnet):
+    model, channels = resnet
+    x = torch.randn(2, 3, 16, 16)
+
+    def multiple(model, budget, x=x, **options):
+        return tcp.Tailor(copy.deepcopy(model), x, budget=budget, steps=100, **options).controller.multiple
+
+    assert multiple(model, {"macs": 0.5}) == 4
+    assert multiple(model, {"macs": 0.5}, multiple=1) == 1
+    tiny = nets.small_resnet(widths=(8, 16, 24), blocks=1, num_classes=10, in_channels=3)
+    assert multiple(tiny, {"macs": 0.2}) == 1  # 4 units would be much of it
+    assert multiple(model, {"macs": 0.1}) == 1
+    floor = channels.cost(required_units(channels, 1))["params"]
+    assert multiple(model, {"macs": 0.5, "params": floor}) == 1  # any widths are better than no network
+    with pytest.raises(tcp.BudgetError, match="below the floor"):
+        multiple(model, {"macs": 0.5, "params": floor - 1})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -493,8 +512,8 @@ def test_a_machine_that_becomes_noisy_is_warned_of_and_the_run_goes_on():
 def test_options_that_make_no_sense():
     with pytest.raises(tcp.BudgetError, match=r"latency budget needs a place .* latency=tcp\.Latency\("):
         tailored(None, {"latency": 0.5})
-    with pytest.raises(ValueError, match=r"the budget has no bound on it: .*'latency': '4 ms'.* multiple='auto'"):
-        tailored(of_network, {"macs": 0.5})
+    with pytest.raises(ValueError, match=r"the budget has no bound on it: .*'latency': '4 ms'.* multiple at 'auto'"):
+        tailored(of_network, {"macs": 0.5}, multiple=8)
     with pytest.raises(ValueError, match="multiple='wide'; it must be an int of at least 1, or 'auto'"):
         tailored(None, {"macs": 0.5}, multiple="wide")
     with pytest.raises(ValueError, match="backend='tvm'; it must be one of torch, compile, onnxruntime, or a callable"):

@@ -110,7 +110,8 @@ class Latency:
         return self._by_macs(channels, calls, *fitted, measure)
 
     def likes(self, cost: LatencyCost | None = None) -> tuple[int, ...]:
-        """Return the multiples that widths should be, largest first: the steps measured here, and what divides them.
+        """Return the multiples that widths should be, largest first: the steps measured here, what divides them, and 1
+        for networks too small for them.
 
         Without ``cost``, of a backend that times layers, from a common convolution.
         """
@@ -119,7 +120,7 @@ class Latency:
             steps = self.table.steps.values()
         else:
             steps = cost.grids.steps
-        return tuple(step for step in STEPS if 4 <= step <= max(steps)) or (1,)
+        return *(step for step in STEPS if 4 <= step <= max(steps)), 1
 
     def _filled(self, calls: Sequence[LayerCall]) -> Table:
         fill_in(self.table, calls, self.backend, self.batch, self.progress)

@@ -62,7 +62,7 @@ def pruner(
     seed: int = 0,
     strength: float | None = None,
     min_width: int | float = 1,
-    multiple: int | str | None = None,
+    multiple: int | str = 1,
     latency: Any = None,
 ) -> Callable[[nn.Module, Channels, int], OneShot]:
     """Return what ``fit(prune=...)`` takes: a function of (model, channels, steps) that gives the network to train.
@@ -78,8 +78,8 @@ def pruner(
         seed: of "random", of "small" and of the order of these batches.
         strength: of the sparsity training of "slimming" (1e-4 by default) and "fixed_strength" (0.1).
         min_width: the fewest units that stay in each family; "torch_pruning" keeps one.
-        multiple, latency: of the widths, and where latency is measured, as in :class:`tcp_core.Tailor`; not for
-            "fixed_strength" and "torch_pruning".
+        multiple, latency: of the widths, and where latency is measured, as in :class:`tcp_core.Tailor`, but that
+            widths are any by default; not for "fixed_strength" and "torch_pruning".
 
     Raises:
         ValueError: for an unknown method, or a share at which it cannot prune.
@@ -93,7 +93,7 @@ def pruner(
         raise ValueError("fixed_strength needs steps in which gates can close; give at > 0, for example at=0.3.")
     if method == "small" and at > 0:
         raise ValueError(f"small starts with fresh weights, nothing is to be trained before; give at=0, not {at}.")
-    if method in ("fixed_strength", "torch_pruning") and not (latency is None and multiple in (None, 1)):
+    if method in ("fixed_strength", "torch_pruning") and not (latency is None and multiple == 1):
         raise ValueError(f"{method} knows neither multiples nor latency; leave multiple and latency out.")
     if method == "torch_pruning" and importlib.util.find_spec("torch_pruning") is None:
         raise ImportError("torch_pruning is a library that is not installed here: pip install torch-pruning")

@@ -36,7 +36,7 @@ RANGES = {
     **dict.fromkeys(("warmup", "label_smoothing", "prune_at"), ("in [0, 1)", lambda value: 0 <= value < 1)),
     **dict.fromkeys(("epochs", "batch_size", "accumulate", "processes"), ("at least 1", lambda value: value >= 1)),
     **dict.fromkeys(
-        ("lr", "weight_decay", "size", "val_images", "seed", "threads", "workers", "checkpoint_every"),
+        ("lr", "weight_decay", "size", "val_images", "seed", "threads", "workers", "checkpoint_every", "multiple"),
         ("at least 0", lambda value: 0 <= value < math.inf),
     ),
 }
@@ -267,7 +267,8 @@ class _Reader:
                 self.say(run.key, text)
         elif run.values.get("method") in comparators.METHODS:
             try:
-                comparators.pruner(run.values["method"], run.budget(), at=run.values.get("prune_at", 0.0))
+                options = {"at": run.values.get("prune_at", 0.0), "multiple": run.values.get("multiple", 1) or "auto"}
+                comparators.pruner(run.values["method"], run.budget(), **options)
             except ValueError as error:
                 self.say(run.key, str(error))
             except ImportError as error:  # an outside peer is optional
@@ -311,8 +312,9 @@ class _Reader:
         traced, seen = {}, set()
         for run in todo.values() if shape else ():
             network, size, budget = run.values.get("network"), run.values.get("size"), run.budget()
+            multiple = run.values.get("multiple") or 1
             start = (network, None if run.needs else run.params.get("weights"))
-            case = (network, size, *budget.items())
+            case = (network, size, multiple, *budget.items())
             try:
                 if network and start not in seen:
                     seen.add(start)
@@ -323,7 +325,7 @@ class _Reader:
                         model = nets.build(network, num_classes=classes, in_channels=shape[0])
                         example = torch.zeros(2, shape[0], *((size, size) if size else shape[1:]))
                         traced[network, size] = trace(model, example)
-                    Controller(traced[network, size], budget, steps=10**6)
+                    Controller(traced[network, size], budget, steps=10**6, multiple=multiple)
             except (
                 ValueError,
                 TypeError,

@@ -29,13 +29,14 @@ IF_CHANGED = (
     *("warmup", "label_smoothing", "mixing", "accumulate"),
     *("processes", "sync_batch_norm", "skip_corrupt"),
 )
-OF_COMPARATORS = ("prune_at", "restart")
-OF_CONTROLLER = ("phase_start", "phase_end")
+OF_COMPARATORS = ("prune_at", "restart", "multiple")
+OF_CONTROLLER = ("phase_start", "phase_end", "multiple")
 WORDS = {
     "phase_start": lambda share: f"phase from {100 * share:g} %",
     "phase_end": lambda share: f"to {100 * share:g} % of the run",
     "prune_at": lambda share: f"pruned after {100 * share:g} % of the run",
     "restart": lambda _: "learning rate restarted then",
+    "multiple": lambda size: f"widths in multiples of {size:g}" if size else "widths that kernels like",
 }
 SAYS_NOTHING = ("seed", "threads", "out", "read_test", "checkpoint_every", "workers", "tensorboard")
 

@@ -169,7 +169,7 @@ def fit(
     recipe |= {"mixing": mixing, "accumulate": accumulate, "sync_batch_norm": sync_batch_norm}
     recipe |= {"precision": precision, "seed": seed, "bounds": {} if pruned is None else _bounds(pruned.report())}
     recipe |= {"prune": Tailor if budget is not None else prune, "units": channels.units}
-    recipe |= {"prunable": int(channels.prunable.sum())} | ({} if budget is None else _options(tailoring, budget))
+    recipe |= {"prunable": int(channels.prunable.sum())} | ({} if budget is None else _options(tailoring))
     recipe = identity.described(recipe)
     agree(recipe)
     agree({"maturity": None if pruned is None else pruned.report().get("maturity")})  # of the weights they start with
@@ -269,14 +269,12 @@ def _images(train: Images | Iterable) -> int | None:
     return None
 
 
-def _options(given: Mapping[str, Any], budget: Budget | Mapping) -> dict[str, Any]:
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return all options that decide how a Tailor prunes, those that were not given as well."""
     options = identity.defaults(Tailor, Controller, without=("channels", "device", "carry", "process_group")) | dict(
         given
     )
     options.pop("also", None)  # further inputs, drawn anew each time; what they reach is in the count of units
-    if options["multiple"] is None:  # as the Tailor takes it then
-        options["multiple"] = 1 if Budget.of(budget).latency is None else "auto"
     options["ignore"] = [options["ignore"]] if isinstance(options["ignore"], str) else list(options["ignore"])
     return options
 

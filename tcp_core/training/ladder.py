@@ -153,7 +153,7 @@ def _planned(
     bounds = []
     for rung, (budget, passes) in enumerate(zip(budgets, epochs, strict=True)):
         known = {"maturity": 1.0 if rung else maturity(model)}  # later rungs start with a trained network
-        widths = width_options(model, channels, budget, options.get("multiple"), options.get("latency"))
+        widths = width_options(model, channels, budget, options.get("multiple", "auto"), options.get("latency"))
         controller = Controller(channels, budget, steps=passes * length, **(known | given | widths))
         dense |= controller.dense
         above, here = bounds[-1] if bounds else {}, dict(controller.bounds)
