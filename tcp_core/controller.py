@@ -44,6 +44,9 @@ PHASE_FRESH, PHASE_TRAINED = (0.2, 0.5), (0.02, 0.15)
 KEEP_STEPS = 100
 """So many steps of the dense network say what its units are worth; what fewer have found counts less."""
 
+USED_UP = 0.99
+"""A smaller multiple is tried where one is to be chosen and less of the budget than this could be used."""
+
 MIN_PHASE_STEPS = 12
 """A shorter pruning phase has no room for gates that close by themselves."""
 
@@ -71,7 +74,7 @@ class Controller:
         min_width: the fewest units that stay in each family, or a share of them as a float in (0, 1).
         multiple: make every family's width a multiple of this, or leave it whole; kernels like 8. The budget is then
             used but for what one such block costs. Of several, largest first, the first with blocks small enough to
-            come near the budget is taken.
+            be exchanged is taken, and at the end a smaller one where it left more than one hundredth of the budget.
         latency: a cost that is predicted and can be measured, for a bound on latency. The set is final when the network
             that it leaves has been measured within the bound.
 
@@ -110,11 +113,12 @@ class Controller:
                 "tcp.Latency('onnxruntime', batch=1, threads=1)."
             )
         self.cost_model = Costs.of([*channels.costs(self.budget), *([] if latency is None else [latency])])
-        self.multiple = candidates[0]
+        self.multiples, self.multiple = tuple(candidates), candidates[0]
         self._resolve()
         if len(candidates) > 1:
             share = sum(self.marginal[name] / bound for name, bound in self.bounds.items())
             candidates = candidates[candidates.index(liked(channels, share, candidates)) :]
+            candidates = [each for each in candidates if self._leaves_a_choice(each)] or candidates[-1:]
         for self.multiple in candidates:  # a smaller one where the smallest network of a larger is above a bound
             if latency is not None:
                 latency.calibrate(required_units(channels, min_width, self.multiple))
@@ -151,6 +155,16 @@ class Controller:
         self.bounds = self.budget.resolve(self.dense)
         self.marginal = self.cost_model.price(self.bounds)
         self.floor = self.cost_model.exact(required_units(self.channels, self.min_width, self.multiple))
+
+    def _leaves_a_choice(self, multiple: int) -> bool:
+        """Return whether the smallest network in these multiples is at most half the way from the smallest of any
+        widths up to each bound; near the bound, all networks would be that one.
+        """
+        least, floor = (
+            self.cost_model.exact(required_units(self.channels, self.min_width, size)) for size in (1, multiple)
+        )
+        bounds = {name: bound for name, bound in self.bounds.items() if name != "latency"}  # its table knows what fits
+        return all(2 * floor[name] <= bound + least[name] for name, bound in bounds.items())
 
     def _place(self, phase: tuple[float, float], maturity: float) -> None:
         """Set all that follows from where the phase lies and how far the network was trained at the start."""
@@ -294,9 +308,29 @@ class Controller:
         return self._fill(score, targets, last)
 
     def _fill(self, score: Tensor, targets: Mapping[str, float], last: bool) -> Tensor:
-        limits = self.min_width, self.multiple, self.cost_model
-        winning = fill(self.channels, score, targets, *limits)
-        return tighten(self.channels, winning, score, targets, *limits) if last else winning
+        """Return the units that win, by prediction where a cost is measured.
+
+        If the ``last`` set leaves more than one hundredth, for blocks are coarse, a smaller multiple is tried where
+        there is a choice, and the one that uses the budget best is kept.
+        """
+
+        def filled(multiple: int) -> Tensor:
+            limits = self.min_width, multiple, self.cost_model
+            winning = fill(self.channels, score, targets, *limits)
+            return tighten(self.channels, winning, score, targets, *limits) if last else winning
+
+        def used(winning: Tensor) -> float:
+            found = self.cost_model.exact(winning)
+            return max(found[name] / target for name, target in targets.items())
+
+        best = filled(self.multiple)
+        if last and self.latency is None:
+            for multiple in self.multiples:
+                if multiple < self.multiple and used(best) < USED_UP:
+                    other = filled(multiple)
+                    if used(other) > used(best):
+                        best, self.multiple = other, multiple
+        return best
 
     def _settle(self, score: Tensor, targets: Mapping[str, float]) -> Tensor:
         """Return the units that win, with their latency measured, and bring its model into line with that."""

@@ -255,7 +255,7 @@ def _moves(
     moves = []
     for number, family in enumerate(channels.families):
         inside, outside = family.units[winning[family.units]], family.units[~winning[family.units]]
-        removable = inside[channels.prunable[inside]]
+        removable = inside[channels.prunable[inside] & (score[inside] < torch.inf)]  # infinite: whatever it costs
         size = len(inside) % multiple or multiple  # a family that is whole need not be a multiple
         fewest = -(-least(min_width, family) // multiple) * multiple
         if len(inside) - size >= fewest and len(removable) >= size:
@@ -313,9 +313,8 @@ def settle(
     return *best, len(seen)
 
 
-LARGEST_BLOCK, LARGEST_SMALL_BLOCK = 0.02, 0.04
-"""Share of the budget that the cheapest block may cost, where the multiple is chosen; of 4 units and less it may be
-more, for at widths that are not even multiples of 4 some runtimes leave their fast kernels altogether."""
+LARGEST_BLOCK = 0.04
+"""Share of the budget that the cheapest block may cost, where the multiple is chosen."""
 
 
 def liked(channels: Channels, share: Tensor, candidates: Sequence[int]) -> int:
@@ -329,6 +328,6 @@ def liked(channels: Channels, share: Tensor, candidates: Sequence[int]) -> int:
             for family in channels.families
             if len(family.units) > multiple and channels.prunable[family.units].any()
         ]
-        if blocks and min(blocks) <= (LARGEST_BLOCK if multiple > 4 else LARGEST_SMALL_BLOCK):
+        if blocks and min(blocks) <= LARGEST_BLOCK:
             return multiple
     return candidates[-1]

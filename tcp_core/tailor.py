@@ -306,9 +306,9 @@ class Tailor(Gated):
 
     def _run(self) -> dict[str, Any]:
         controller, timed = self.controller, self.budget.latency is not None
-        # with a budget of latency, some things depend on what was measured then, and are in the controller's state
-        options = ("min_width", *(() if timed else ("multiple",)))
         lookahead, ramp = controller.shares
+        # with a budget of latency, what kernels like depends on what was measured then
+        multiples = {} if timed else {"multiple": controller.multiples}
         return {
             "network": {name: list(shape) for name, shape in self.channels.shapes.items()},
             "prunable": self.channels.prunable.clone(),
@@ -318,7 +318,7 @@ class Tailor(Gated):
             # where "auto" has put the phase is in the controller's own state: the weights may be others by now
             "phase": "auto" if controller.placed else [controller.start, controller.end],
             **{"lookahead": lookahead, "ramp": ramp},
-            **{name: getattr(controller, name) for name in options},
+            **{"min_width": controller.min_width, **multiples},
         }
 
     def __getstate__(self) -> dict:

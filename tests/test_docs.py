@@ -70,7 +70,7 @@ def test_the_method_states_the_defaults_of_the_controller():
         assert "{} and {} if it".format(*phase) in read("docs/method.md")
     defaults = {name: parameter.default for name, parameter in inspect.signature(Controller).parameters.items()}
     assert defaults["phase"] == "auto"
-    assert len(rows) == 4
+    assert len(rows) == 3
     for name, said in rows:
         value = defaults[name] if isinstance(defaults[name], tuple) else (defaults[name],)
         assert tuple(map(float, said.split(","))) == value, name

@@ -611,7 +611,7 @@ def test_a_loop_that_is_resumed_is_one_that_was_not_stopped(at, kind):
         ({"ignore": "0"}, "prunable is not the same"),
         ({"phase": (0.1, 0.3)}, r"phase is not the same \(\[2, 14\] there, \[10, 29\] here\)"),
         ({"min_width": 3}, r"min_width is not the same \(1 there, 3 here\)"),
-        ({"multiple": 4}, r"multiple is not the same \(1 there, 4 here\)"),
+        ({"multiple": 4}, r"multiple is not the same \(\(8, 4, 1\) there, \(4,\) here\)"),
     ],
 )
 def test_the_state_of_another_run_is_refused(options, match):

@@ -428,7 +428,7 @@ def test_multiples_that_the_place_likes(latency):
     tailor = tailored(latency, {"macs": 0.5}, model=small_net(128, 256))
     trained(tailor, 60)
     report = tailor.report()
-    assert report["multiple"] == 4  # blocks of 8 would be more than 2 % of this budget
+    assert report["multiple"] == 4  # blocks of 8 would be more than 4 % of this budget
     assert f"widths are multiples of {report['multiple']}" in repr(report)
     assert all(width % 4 == 0 for name, width in report["widths"].items() if report["dense_widths"][name] >= 8)
     assert 0.9 <= report["utilisation"]["macs"] <= 1
@@ -437,7 +437,7 @@ def test_multiples_that_the_place_likes(latency):
 
 def test_wide_networks_get_the_larger_multiple(resnet):
     _, channels = resnet
-    assert Controller(channels, {"macs": 0.5}, steps=100, multiple=(8, 4, 1)).multiple == 4
+    assert Controller(channels, {"macs": 0.2}, steps=100, multiple=(8, 4, 1)).multiple == 4
     wide = nn.Sequential(nn.Conv2d(3, 1024, 3), nn.ReLU(), nn.Conv2d(1024, 1024, 3), nn.ReLU(), nn.Conv2d(1024, 4, 3))
     traced = tcp.trace(wide, torch.randn(1, 3, 8, 8))
     assert Controller(traced, {"macs": 0.5}, steps=100, multiple=(8, 4, 1)).multiple == 8
@@ -450,11 +450,13 @@ def test_by_default_widths_are_what_kernels_like_where_that_costs_little(resnet)
     def multiple(model, budget, x=x, **options):
         return tcp.Tailor(copy.deepcopy(model), x, budget=budget, steps=100, **options).controller.multiple
 
-    assert multiple(model, {"macs": 0.5}) == 4
+    assert [multiple(model, {"macs": share}) for share in (0.5, 0.15)] == [8, 4]
     assert multiple(model, {"macs": 0.5}, multiple=1) == 1
     tiny = nets.small_resnet(widths=(8, 16, 24), blocks=1, num_classes=10, in_channels=3)
     assert multiple(tiny, {"macs": 0.2}) == 1  # 4 units would be much of it
     assert multiple(model, {"macs": 0.1}) == 1
+    deep = nets.build("resnet56", num_classes=10)
+    assert [multiple(deep, {"macs": share}) for share in (0.5, 0.3, 0.15)] == [8, 8, 4]  # 14.3 % have all widths 8
     floor = channels.cost(required_units(channels, 1))["params"]
     assert multiple(model, {"macs": 0.5, "params": floor}) == 1  # any widths are better than no network
     with pytest.raises(tcp.BudgetError, match="below the floor"):

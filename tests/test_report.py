@@ -160,7 +160,7 @@ def test_the_same_run_twice_is_one_seed(monkeypatch):
 
 def test_every_parameter_of_the_run_notebook_has_its_place():
     places = (tables.NAMED, tables.RECIPE, tables.IF_CHANGED, tables.OF_COMPARATORS, tables.OF_CONTROLLER)
-    places = (*places, tables.SAYS_NOTHING)
+    places = (*places, tables.OF_BOTH, tables.SAYS_NOTHING)
     known = [name for place in places for name in place]
     assert len(known) == len(set(known))
     assert set(tables.run_defaults(RUN_NOTEBOOK)) <= set(known), (

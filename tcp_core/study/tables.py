@@ -29,8 +29,9 @@ IF_CHANGED = (
     *("warmup", "label_smoothing", "mixing", "accumulate"),
     *("processes", "sync_batch_norm", "skip_corrupt"),
 )
-OF_COMPARATORS = ("prune_at", "restart", "multiple")
-OF_CONTROLLER = ("phase_start", "phase_end", "multiple")
+OF_COMPARATORS = ("prune_at", "restart")
+OF_CONTROLLER = ("phase_start", "phase_end")
+OF_BOTH = ("multiple",)
 WORDS = {
     "phase_start": lambda share: f"phase from {100 * share:g} %",
     "phase_end": lambda share: f"to {100 * share:g} % of the run",
@@ -246,8 +247,12 @@ def _run(row, defaults):
     own = {k.removeprefix("param."): v for k, v in row.items() if k.startswith("param.") and not absent(v)}
     given = {**defaults, **own}
     method, folders = row["method"], row["run"].split("/")
-    rest = [name for name in given if name not in (*NAMED, *RECIPE, *OF_COMPARATORS, *OF_CONTROLLER, *SAYS_NOTHING)]
-    options = {"dense": (), "tailored": OF_CONTROLLER}
+    rest = [
+        name
+        for name in given
+        if name not in (*NAMED, *RECIPE, *OF_COMPARATORS, *OF_CONTROLLER, *OF_BOTH, *SAYS_NOTHING)
+    ]
+    options = {"dense": (), "tailored": (*OF_CONTROLLER, *OF_BOTH)}
     budget = {cost: row[f"budget.{cost}"] for cost in COSTS if not absent(row.get(f"budget.{cost}"))}
     used = [row[f"utilisation.{cost}"] for cost in budget if not absent(row.get(f"utilisation.{cost}"))]
     known = {name: given[name] for name in RECIPE if not absent(given.get(name)) and given[name] != ""}
@@ -260,7 +265,7 @@ def _run(row, defaults):
         "recipe": ", ".join(_said(known) + _changed(given, rest, defaults)),
         "budget": " + ".join(f"{100 * share:g} % {cost}" for cost, share in budget.items()) or "dense",
         "method": method,
-        "options": ", ".join(_changed(given, options.get(method, OF_COMPARATORS), defaults)),
+        "options": ", ".join(_changed(given, options.get(method, (*OF_COMPARATORS, *OF_BOTH)), defaults)),
         "run": row["run"],
         "searched": len(folders) > 2 and folders[-2].startswith("search"),
         "seed": row["seed"],
