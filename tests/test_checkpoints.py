@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.multiprocessing as mp
+from cases import slow
 
 from tcp_core import fit, nets
 from tcp_core.datasets import sources
@@ -82,7 +83,13 @@ def same(first, second):
     assert first.frozen_at_step == second.frozen_at_step
 
 
-@pytest.mark.parametrize("method", ["tailored", "dense", "taylor", "slimming", "fixed_strength"])
+@pytest.fixture(scope="module")
+def whole(images):
+    """The run that was not stopped."""
+    return run(images)
+
+
+@pytest.mark.parametrize("method", ["tailored", "taylor", "fixed_strength", *slow("dense", "slimming")])
 def test_a_stopped_run_ends_as_one_that_was_not(images, tmp_path, method):
     whole = run(images, method=method)
     for stop in (10, 15, 40):  # before, while and after the network is made smaller; each goes on from the last
@@ -92,9 +99,8 @@ def test_a_stopped_run_ends_as_one_that_was_not(images, tmp_path, method):
     assert len(list(tmp_path.iterdir())) == checkpoints.KEPT
 
 
-@pytest.mark.parametrize("every", [1, *(pytest.param(every, marks=pytest.mark.slow) for every in (16, 0))])
-def test_any_interval_will_do(images, tmp_path, every):
-    whole = run(images)
+@pytest.mark.parametrize("every", [1, *slow(16, 0)])
+def test_any_interval_will_do(images, whole, tmp_path, every):
     for stop in (1, 17, 33):
         with pytest.raises(Stop):
             run(images, tmp_path, stop=stop, every=every)
@@ -114,7 +120,7 @@ def test_images_in_memory_go_on_too(images, tmp_path):
     same(whole, fit(network(), *images, **options, checkpoints=tmp_path, checkpoint_every=5))
 
 
-def test_a_damaged_checkpoint_is_passed_over(images, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over(images, whole, tmp_path):
     with pytest.raises(Stop):
         run(images, tmp_path, stop=40)
     first, second = sorted(tmp_path.iterdir())
@@ -124,7 +130,7 @@ def test_a_damaged_checkpoint_is_passed_over(images, tmp_path):
     )
     with pytest.warns(UserWarning, match=said):
         resumed = run(images, tmp_path)
-    same(run(images), resumed)
+    same(whole, resumed)
 
 
 def test_numbers_of_numpy_are_written_as_python_s(images, tmp_path):
@@ -233,7 +239,7 @@ def test_a_checkpoint_of_the_version_before_is_named_as_that(tmp_path):
         checkpoints.newest(tmp_path)
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(images, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_good_checkpoint(images, whole, tmp_path, monkeypatch):
     with pytest.raises(Stop):
         run(images, tmp_path, stop=20)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -247,13 +253,28 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(images, tmp_path, monkeypat
         with pytest.raises(CheckpointError, match=r"step 21 could not be written .*No space left.*000000014.ckpt"):
             run(images, tmp_path)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    same(run(images), run(images, tmp_path))
+    same(whole, run(images, tmp_path))
 
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(images, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"no checkpoints can be written to .*file.* another folder"):
         run(images, tmp_path / "file")
+
+
+@pytest.fixture(scope="module")
+def begun(images, tmp_path_factory):
+    """A function that gives the folder of a run of ten steps with these options."""
+    folders = {}
+
+    def folder(options):
+        if str(options) not in folders:
+            folders[str(options)] = tmp_path_factory.mktemp("begun")
+            with pytest.raises(Stop):
+                run(images, folders[str(options)], stop=10, **options)
+        return folders[str(options)]
+
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -286,11 +307,12 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(images, tmp_path):
         ({}, {"make": lambda: network(5)}, r"shapes.conv1.weight: \(4, 1, 3, 3\) then, \(5, 1, 3, 3\) now"),
     ],
 )  # fmt: skip
-def test_another_run_is_refused_with_what_differs(images, tmp_path, then, now, said):
-    with pytest.raises(Stop):
-        run(images, tmp_path, stop=10, **then)
+def test_another_run_is_refused_with_what_differs(images, begun, then, now, said):
+    folder = begun(then)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(CheckpointError, match=rf"has checkpoints of another run: .*{said}.* delete them to start anew"):
-        run(images, tmp_path, **now)
+        run(images, folder, **now)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()} != {}
 
 
 def test_batches_of_another_size_are_refused_also_with_as_many_steps(images, tmp_path):
@@ -309,8 +331,7 @@ def test_batches_of_another_size_are_refused_also_with_as_many_steps(images, tmp
         fit(network(), half, val, batch_size=10, **options)
 
 
-def test_defaults_that_are_written_out_are_the_same_run(images, tmp_path):
-    whole = run(images)
+def test_defaults_that_are_written_out_are_the_same_run(images, whole, tmp_path):
     with pytest.raises(Stop):
         run(images, tmp_path, stop=20)
     same(whole, run(images, tmp_path, phase="auto", min_width=1, ignore=(), multiple="auto"))
@@ -352,7 +373,7 @@ def run_and_kill(folder, out, seconds=None):
 
 def check_killed(tmp_path, waits):
     """A checkpoint is written at every step, so most of a run's time, and of the kills, falls into writing one."""
-    run_and_kill(tmp_path / "whole", tmp_path / "whole.pt")
+    run_and_kill(None, tmp_path / "whole.pt")
     kills = sum(run_and_kill(tmp_path / "c", tmp_path / "out.pt", seconds) for seconds in waits)
     assert kills == len(waits)
     run_and_kill(tmp_path / "c", tmp_path / "out.pt")

@@ -9,7 +9,8 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from cases import searched, some_of
+from hypothesis import example
 from hypothesis import strategies as st
 from random_nets import INPUT_SHAPE, RandomNet
 
@@ -95,8 +96,7 @@ def assert_allowed(channels, open_units, min_width):
 # The losing set
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
-@pytest.mark.parametrize("min_width", [1, 2, 3])
+@pytest.mark.parametrize(("name", "min_width"), some_of(sorted(RECIPES), [1, 2, 3], step=2))
 def test_the_floor_is_the_cheapest_allowed_network(name, min_width):
     channels = traced(name)
     required = required_units(channels, min_width)
@@ -112,8 +112,7 @@ def test_the_floor_is_the_cheapest_allowed_network(name, min_width):
     assert channels.cost(required) == cheapest
 
 
-@given(problem=problems())
-@settings(max_examples=300)
+@searched(60, 300, problem=problems())
 def test_fill_is_greedy_and_leaves_nothing_that_fits(problem):
     name, score, bounds, min_width = problem
     channels = traced(name)
@@ -137,8 +136,7 @@ def test_fill_is_greedy_and_leaves_nothing_that_fits(problem):
     assert torch.equal(winning, expected)
 
 
-@given(problem=problems(), multiple=st.sampled_from([2, 3, 8]))
-@settings(max_examples=300)
+@searched(60, 300, problem=problems(), multiple=st.sampled_from([2, 3, 8]))
 def test_fill_in_multiples_leaves_no_block_that_fits(problem, multiple):
     name, score, bounds, min_width = problem
     channels = traced(name)
@@ -158,9 +156,8 @@ def test_fill_in_multiples_leaves_no_block_that_fits(problem, multiple):
         assert not len(best) or not within(channels, more, bounds)
 
 
-@given(problem=problems())
+@searched(60, 300, problem=problems())
 @example(problem=("residual", torch.zeros(7), {"macs": 15730}, 1))  # room for a unit comes with an exchange
-@settings(max_examples=300)
 def test_tighten_uses_the_budget_as_far_as_exchanges_can(problem):
     name, score, bounds, min_width = problem
     channels = traced(name)
@@ -251,13 +248,14 @@ def build(setup):
     return Controller(traced(setup["name"]), **{key: value for key, value in setup.items() if key != "name"})
 
 
-@given(
+@searched(
+    40,
+    200,
     setup=setups(),
     seed=st.integers(0, 99),
     spread=st.sampled_from([0.0, 1.0, 3.0]),
     drift=st.sampled_from([0.0, 0.3]),
 )
-@settings(max_examples=200)
 def test_every_run_ends_frozen_within_a_used_up_budget(setup, seed, spread, drift):
     controller = build(setup)
     channels = controller.channels
@@ -287,8 +285,7 @@ def test_every_run_ends_frozen_within_a_used_up_budget(setup, seed, spread, drif
         assert all(math.isnan(row[f"{name}_schedule"]) for row in rows)
 
 
-@given(setup=setups(), seed=st.integers(0, 99))
-@settings(max_examples=60)
+@searched(15, 60, setup=setups(), seed=st.integers(0, 99))
 def test_only_units_that_are_due_within_the_look_ahead_lose(setup, seed):
     controller = build(setup)
     gradients = Gradients(controller.channels.units, seed)
@@ -303,12 +300,13 @@ def test_only_units_that_are_due_within_the_look_ahead_lose(setup, seed):
     assert not controller.trajectory[0]["closed"]
 
 
-@given(
+@searched(
+    15,
+    60,
     setup=setups(),
     seed=st.integers(0, 99),
     scales=st.lists(st.integers(-24, 24), min_size=1, max_size=20),
 )
-@settings(max_examples=60)
 def test_loss_scaling_changes_nothing(setup, seed, scales):
     plain, scaled = build(setup), build(setup)
     gradients = Gradients(plain.channels.units, seed)
@@ -336,8 +334,7 @@ def test_finite_gradients_of_any_size_count(size):
     assert not controller.refused
 
 
-@given(setup=setups(), seed=st.integers(0, 99), data=st.data())
-@settings(max_examples=60)
+@searched(15, 60, setup=setups(), seed=st.integers(0, 99), data=st.data())
 def test_gradients_that_are_not_finite_move_nothing(setup, seed, data):
     controller = build(setup)
     gradients = Gradients(controller.channels.units, seed)
@@ -475,8 +472,7 @@ def test_a_restored_controller_keeps_the_phase_that_was_decided():
     assert str(other.state_dict()) == str(controller.state_dict())
 
 
-@given(setup=setups(), seed=st.integers(0, 99), share=st.floats(0, 1))
-@settings(max_examples=60)
+@searched(15, 60, setup=setups(), seed=st.integers(0, 99), share=st.floats(0, 1))
 def test_a_restored_controller_goes_on_identically(setup, seed, share):
     controller, other = build(setup), build(setup)
     gradients = Gradients(controller.channels.units, seed)

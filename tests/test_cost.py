@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from cases import searched
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_nets import INPUT_SHAPE, networks
@@ -170,8 +171,7 @@ def by_hand(terms, z):
     }
 
 
-@given(made_up=models(), data=st.data())
-@settings(max_examples=200)
+@searched(50, 200, made_up=models(), data=st.data())
 def test_cost_is_the_sum_over_layers(made_up, data):
     units, terms = made_up
     model = built(units, terms)
@@ -184,8 +184,7 @@ def test_cost_is_the_sum_over_layers(made_up, data):
     assert {name: float(value) for name, value in model(torch.tensor(half)).items()} == by_hand(terms, half)
 
 
-@given(made_up=models(), data=st.data())
-@settings(max_examples=200)
+@searched(50, 200, made_up=models(), data=st.data())
 def test_marginal_cost_is_open_minus_closed(made_up, data):
     units, terms = made_up
     model = built(units, terms)
@@ -197,8 +196,7 @@ def test_marginal_cost_is_open_minus_closed(made_up, data):
             assert float(marginal[cost][unit]) == opened[cost] - closed[cost]
 
 
-@given(made_up=models(), data=st.data())
-@settings(max_examples=100)
+@searched(25, 100, made_up=models(), data=st.data())
 def test_gradient_is_that_of_finite_differences(made_up, data):
     units, terms = made_up
     model = built(units, terms)
@@ -214,11 +212,12 @@ def test_gradient_is_that_of_finite_differences(made_up, data):
             assert float(gradient[unit]) == up - down  # exact: the cost is quadratic in one gate
 
 
-@given(network=networks(odd=False), seed=st.integers(0, 9))
-@settings(
-    max_examples=15,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+@searched(
+    5,
+    15,
+    settings(database=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]),
+    network=networks(odd=False),
+    seed=st.integers(0, 9),
 )
 def test_cost_and_marginal_cost_are_what_removing_saves(network, seed):
     x = torch.randn(INPUT_SHAPE, dtype=torch.float64)

@@ -2,8 +2,6 @@
 
 import copy
 import importlib.util
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -422,18 +420,6 @@ def test_missing_packages_are_named(package, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=rf"need {package}, not installed here; pip install 'tcp-core\[deploy\]'"):
         export(nn.Linear(2, 3), tmp_path / "a.onnx", torch.randn(1, 2))
     assert not list(tmp_path.iterdir())
-
-
-def test_the_core_and_archives_need_no_extra(tmp_path):
-    code = f"""
-import sys
-extras = dict.fromkeys(("onnx", "onnxscript", "onnxruntime"))
-sys.modules.update(extras)  # None: as if they were not installed
-import torch, tcp_core
-tcp_core.export(torch.nn.Linear(2, 3), {str(tmp_path / "a.pt2")!r}, torch.randn(1, 2))
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert (tmp_path / "a.pt2").exists()
 
 
 def test_the_readers_name_for_it():

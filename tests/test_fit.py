@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import slow
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from zoo import counted
@@ -105,7 +106,7 @@ def test_the_tables_can_be_stored_as_a_run(images, tmp_path):
         pd.testing.assert_frame_equal(pd.read_csv(out / f"{name}.csv"), table, check_dtype=False)
 
 
-@pytest.mark.parametrize("budget", [None, {"macs": 0.5}])
+@pytest.mark.parametrize("budget", [{"macs": 0.5}, *slow(None)])
 def test_the_seed_decides_the_run(images, budget):
     first, again, other = (run(images, budget=budget, seed=seed) for seed in (1, 1, 2))
     assert same(first.model.state_dict(), again.model.state_dict())
@@ -221,7 +222,7 @@ def test_the_learning_rate_rises_and_falls_to_zero():
     assert warmup_cosine(0, 200, 0) == 1
 
 
-@pytest.mark.parametrize("budget", [None, {"macs": 0.5}])
+@pytest.mark.parametrize("budget", [{"macs": 0.5}, *slow(None)])
 def test_half_precision_autocast_trains_in_full_precision_parameters(images, budget):
     result = run(images, budget=budget, precision="bf16")
     assert all(p.dtype == torch.float32 for p in result.model.parameters())

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import slow
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -398,7 +399,7 @@ class Stop(Exception):
     """Ends a run too early."""
 
 
-@pytest.mark.parametrize("method", ["tailored", "taylor"])
+@pytest.mark.parametrize("method", ["tailored", *slow("taylor")])
 def test_all_of_it_goes_on_from_a_checkpoint(images, tmp_path, capsys, method):
     def stopping(at):
         def on_step(step, steps):

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import some_of
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -202,8 +203,7 @@ def test_cuts_that_fail_half_way_are_undone(monkeypatch):
     ("what", "backend"),
     [
         *(("tailor", "aot_eager"), ("model", "eager"), ("layers", "eager")),
-        pytest.param("tailor", "eager", marks=pytest.mark.slow),
-        pytest.param("model", "aot_eager", marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tailor", "eager"), ("model", "aot_eager"))),
         pytest.param("layers", "aot_eager", marks=pytest.mark.slow),
     ],
 )
@@ -575,8 +575,7 @@ def stopped(at, kind, file):
     return [step() for _ in range(10)], model.state_dict(), tailor
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-@pytest.mark.parametrize("at", [0, 5, 11, 20])
+@pytest.mark.parametrize(("at", "kind"), some_of([0, 5, 11, 20], ["sgd", "adamw"], step=3))
 def test_a_loop_that_is_resumed_is_one_that_was_not_stopped(at, kind):
     file = io.BytesIO()
     losses, weights, first = stopped(at, kind, file)

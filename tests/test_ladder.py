@@ -6,6 +6,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+from cases import slow
 
 import tcp_core as tcp
 from tcp_core import BudgetError, nets
@@ -101,7 +102,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [14, *(pytest.param(after, marks=pytest.mark.slow) for after in (5, 10))])
+@pytest.mark.parametrize("after", [14, *slow(5, 10)])
 def test_a_ladder_that_was_stopped_ends_as_if_it_had_not_been(curve, images, tmp_path, after):
     def stop(row):
         if row["epoch"] == after:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from cases import searched, some_of
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -90,8 +91,9 @@ def chosen(model, channels, budget, latency, steps=30, **options):
 # The whole of it
 
 
-@pytest.mark.parametrize("clock", CLOCKS)
-@pytest.mark.parametrize("budget", [{"latency": 0.7}, {"latency": 0.4}, {"latency": "1.1 ms"}])
+@pytest.mark.parametrize(
+    ("budget", "clock"), some_of([{"latency": 0.7}, {"latency": 0.4}, {"latency": "1.1 ms"}], CLOCKS, step=4)
+)
 def test_what_is_delivered_is_measured_and_97_to_100_percent_of_the_bound(resnet, clock, budget):
     model, channels = resnet
     controller, small = chosen(model, channels, budget, place(CLOCKS[clock]))
@@ -105,7 +107,11 @@ def test_what_is_delivered_is_measured_and_97_to_100_percent_of_the_bound(resnet
 
 
 @pytest.mark.parametrize(
-    ("clock", "multiple"), [("networks", None), ("layers", None), ("wrong", None), ("layers", 1), ("networks", 4)]
+    ("clock", "multiple"),
+    [
+        *(("networks", None), ("layers", 1)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("layers", None), ("wrong", None), ("networks", 4))),
+    ],
 )
 def test_a_unit_that_crosses_no_step_is_kept(resnet, clock, multiple):
     model, channels = resnet
@@ -213,13 +219,14 @@ def test_a_resumed_run_carries_the_correction():
 # The closed loop
 
 
-@given(
+@searched(
+    75,
+    300,
     wrong=st.floats(0.7, 1.4),
     bend=st.floats(-0.3, 0.3),
     block=st.floats(0.002, 0.02),
     bound=st.floats(0.2, 0.95),
 )
-@settings(max_examples=300)
 def test_the_loop_ends_near_the_bound_though_the_model_is_wrong(wrong, bend, block, bound):
     units = round(1 / block)
     calls = []
@@ -310,8 +317,7 @@ def test_a_grid_has_the_steps_and_the_width_itself(width, step):
     assert all(point % step == 0 for point in points[:-1])
 
 
-@given(data=st.data(), steps=st.tuples(st.sampled_from([1, 4, 8]), st.sampled_from([1, 4, 8])))
-@settings(max_examples=100)
+@searched(25, 100, data=st.data(), steps=st.tuples(st.sampled_from([1, 4, 8]), st.sampled_from([1, 4, 8])))
 def test_tables_are_read_as_they_were_measured(data, steps):
     layers = []
     for _ in range(data.draw(st.integers(1, 4))):

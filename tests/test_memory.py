@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 import torchvision
-from hypothesis import HealthCheck, given, settings
+from cases import searched, slow
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from random_nets import INPUT_SHAPE, networks
 from torch import nn
@@ -62,8 +63,8 @@ def buffers(model):
 @pytest.mark.parametrize(
     "name",
     [
-        *("resnet18", "mobilenet_v2", "shufflenet_v2_x0_5", "squeezenet1_1", "mnasnet0_5", "regnet_y_400mf"),
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("densenet121", "googlenet", "efficientnet_b0", "swin_t")),
+        *("resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "mnasnet0_5"),
+        *slow("mobilenet_v2", "regnet_y_400mf", "densenet121", "googlenet", "efficientnet_b0", "swin_t"),
     ],
 )
 def test_bytes_are_those_of_the_removed_network(name):
@@ -77,8 +78,13 @@ def test_bytes_are_those_of_the_removed_network(name):
         assert channels.bytes(open_units) == measured(small, x)
 
 
-@given(network=networks(odd=False), seed=st.integers(0, 9))
-@settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@searched(
+    8,
+    25,
+    settings(deadline=None, database=None, suppress_health_check=list(HealthCheck)),
+    network=networks(odd=False),
+    seed=st.integers(0, 9),
+)
 def test_bytes_of_random_networks(network, seed):
     x = torch.randn(INPUT_SHAPE, dtype=torch.float64)
     channels = tcp.trace(network, x)

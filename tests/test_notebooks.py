@@ -13,26 +13,35 @@ from PIL import Image
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 
-def executed(name, tmp_path, *, times, **parameters):
-    """Run a notebook with every code cell ``times`` times in a row, and return the folder it wrote to."""
-    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
-    out = tmp_path / f"out{times}"
-    cells = []
-    for cell in notebook.cells:
+def sources(name, **parameters):
+    """Return the source of every code cell of a notebook, with these parameters."""
+    found = []
+    for cell in nbformat.read(NOTEBOOKS / name, as_version=4).cells:
         if cell.cell_type == "code":
-            if "parameters" in cell.metadata.get("tags", []):
-                overrides = parameters | {"out": str(out)}
-                cell.source += "\n" + "\n".join(f"{key} = {value!r}" for key, value in overrides.items())
-            cells += [nbformat.v4.new_code_cell(cell.source) for _ in range(times)]
-    notebook.cells = cells
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}}).execute()
+            given = parameters if "parameters" in cell.metadata.get("tags", []) else {}
+            found.append("\n".join([cell.source, *(f"{key} = {value!r}" for key, value in given.items())]))
+    return found
+
+
+def executed(name, out, **parameters):
+    """Run a notebook and return the folder it wrote to."""
+    cells = [nbformat.v4.new_code_cell(source) for source in sources(name, out=str(out), **parameters)]
+    where = {"kernel_name": "python3", "resources": {"metadata": {"path": NOTEBOOKS}}}
+    NotebookClient(nbformat.v4.new_notebook(cells=cells), timeout=120, **where).execute()
     return out
 
 
-@pytest.mark.filterwarnings("ignore")  # of the kernel's and the client's own machinery
-def test_running_every_cell_twice_changes_nothing(tmp_path):
-    once, twice = (executed("10_run.ipynb", tmp_path, times=times, epochs=5) for times in (1, 2))
-    first, second = (list(csv.DictReader((out / "history.csv").open())) for out in (once, twice))
+def test_running_every_cell_twice_changes_nothing(tmp_path, monkeypatch):
+    """Without a kernel, so that nothing is imported anew: the cells have nothing that needs one."""
+    monkeypatch.chdir(NOTEBOOKS)
+    monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)
+    for times in (1, 2):
+        given = {"__name__": "__main__"}
+        for source in sources("10_run.ipynb", out=str(tmp_path / f"out{times}"), epochs=5):
+            for _ in range(times):
+                exec(compile(source, "10_run.ipynb", "exec"), given)
+    once, twice = tmp_path / "out1", tmp_path / "out2"
+    first, second = (list(csv.DictReader((out / "history.csv").read_text().splitlines())) for out in (once, twice))
     assert [row | {"seconds": None} for row in first] == [row | {"seconds": None} for row in second]
     for name in ("trajectory.csv", "widths.csv", "params.json"):
         assert (once / name).read_bytes() == (twice / name).read_bytes()
@@ -43,7 +52,7 @@ def test_running_every_cell_twice_changes_nothing(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_one_run_in_two_processes(tmp_path):
-    out = executed("10_run.ipynb", tmp_path, times=1, epochs=8, batch_size=20, processes=2, tensorboard=True)
+    out = executed("10_run.ipynb", tmp_path / "out", epochs=8, batch_size=20, processes=2, tensorboard=True)
     metrics = json.loads((out / "metrics.json").read_text())
     assert (metrics["largest_gate_removed"], metrics["images_skipped"]) == (0, 0)
     assert 0.99 < metrics["utilisation"]["macs"] <= 1
@@ -65,7 +74,7 @@ def test_a_run_on_a_folder_that_is_decoded_while_training(tmp_path):
     (folder / "train" / "class0" / "broken.png").write_bytes(b"no image")
     sized = {"data": str(folder), "size": 16, "workers": 1, "skip_corrupt": True, "val_images": 21}
     recipe = {"epochs": 8, "batch_size": 16, "mixing": "mixup", "label_smoothing": 0.1}
-    out = executed("10_run.ipynb", tmp_path, times=1, **sized, **recipe)
+    out = executed("10_run.ipynb", tmp_path / "out", **sized, **recipe)
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["images_skipped"] == 1
     assert metrics["test_accuracy"] > 0.9

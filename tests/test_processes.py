@@ -202,6 +202,7 @@ def test_running_statistics_are_the_same_in_all_processes(tmp_path):
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_two_processes_add_up_batches(tmp_path, one):
     first, second = run(job_accumulated, tmp_path)
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)

@@ -147,13 +147,14 @@ with Watch(channels, epochs=6) as watch:
     result = tcp.fit(model, batches, batches[:2], budget={{"macs": 0.5}}, epochs=6, on_epoch=watch.on_epoch)
 tcp.save(result.model, sys.argv[1])
 tcp.load(nets.small_resnet(widths=(4, 8, 12)), sys.argv[1])
+tcp.export(torch.nn.Linear(2, 3), sys.argv[1] + ".pt2", torch.randn(1, 2))
 print(len(result.history))
 """
 MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "torch-pruning": "torch_pruning", "pytest-xdist": "xdist"}
 
 
 def test_the_library_needs_no_extra(tmp_path):
-    """`pip install .` brings all that the core, `fit` and `Watch` need; the rest is imported where it is used."""
+    """`pip install .` brings all that the core, `fit`, `Watch` and torch's archives need; the rest is imported late."""
     own, extras = required()
     names = {requirement.name for requirement in extras} - {requirement.name for requirement in own}
     blocked = {MODULES.get(name, name) for name in names} | {"pytest"}

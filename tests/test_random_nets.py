@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import searched, slow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_nets import (
@@ -199,7 +200,8 @@ def test_a_healthy_share_was_prunable(seen, least, share):
     assert seen.moved > 0.9 * seen.closable > share * seen.networks
 
 
-def check_training(network, seed):
+@searched(10, 40, SETTINGS, network=networks(odd=False), seed=st.integers(0, 9))
+def test_training_goes_on_after_removal(network, seed):
     """Zeroed parameters stay zero under gradient descent, so both must train alike."""
     x = example(seed)
     channels = trace(network, x.clone())
@@ -234,19 +236,6 @@ def check_training(network, seed):
     assert_same(outputs(set_mode(twin, False), x), outputs(set_mode(small, False), x), "trained on")
 
 
-@settings(SETTINGS, max_examples=10)
-@given(network=networks(odd=False), seed=st.integers(0, 9))
-def test_training_goes_on_after_removal(network, seed):
-    check_training(network, seed)
-
-
-@pytest.mark.slow
-@settings(SETTINGS, max_examples=40)
-@given(network=networks(odd=False), seed=st.integers(0, 9))
-def test_training_goes_on_after_removal_in_many_networks(network, seed):
-    check_training(network, seed)
-
-
 # -------------------------------------------------------------------------------------------------
 # Every function and block alone, between a convolution of 6 channels and one of 4
 
@@ -260,9 +249,10 @@ def prunable(network):
 
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
-def test_every_function_alone(name):
+@pytest.mark.parametrize("shares", [(0.5,), *slow((0.2, 1.0))], ids=str)
+def test_every_function_alone(name, shares):
     network = sandwich(name)
-    channels, _ = check(network, shares=(0.2, 0.5, 1.0))
+    channels, _ = check(network, shares=shares)
     # The convolution behind is free whatever the function does.
     assert channels.prunable.sum() >= 4
 

@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from cases import slow
 from test_checkpoints import EPOCHS, Stop, images, network, same
 from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler
 
@@ -82,12 +83,12 @@ def check(images, tmp_path, kind, make, stops=(10, 40), every=7):
     same(whole, seeded(kind, make, images[1], tmp_path, every=every))
 
 
-@pytest.mark.parametrize("kind", ["all", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS)])
+@pytest.mark.parametrize("kind", ["all", *slow(*KINDS)])
 def test_augmentation_goes_on(images, tmp_path, kind):
     check(images, tmp_path, kind, lambda kind: loader(images[0], kind))
 
 
-@pytest.mark.parametrize("every", [5, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [5, *slow(16)])
 def test_a_loader_s_own_generator_goes_on(images, tmp_path, every):
     make = lambda kind: loader(images[0], kind, generator=torch.Generator().manual_seed(11))  # noqa: E731
     check(images, tmp_path, "python", make, stops=(12, 33), every=every)

@@ -3,13 +3,13 @@
 import copy
 import dataclasses
 import functools
-import itertools
 import math
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import some_of
 from random_nets import CLASSES, INPUT_SHAPE, RandomNet
 from torch import nn
 from zoo import counted
@@ -74,17 +74,6 @@ def train_until_frozen(tailor, optimizer, x, y, **options):
         steps += 1
         assert steps <= STEPS
     return steps
-
-
-def some_of(*values, step):
-    """All combinations of the values; all but every `step`th are slow.
-
-    Where `step` has no divisor in common with the number of values, each value stays among the fast ones.
-    """
-    return [
-        pytest.param(*case, marks=[pytest.mark.slow] if number % step else [], id="-".join(map(str, case)))
-        for number, case in enumerate(itertools.product(*values))
-    ]
 
 
 # -------------------------------------------------------------------------------------------------

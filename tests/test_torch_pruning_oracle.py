@@ -10,6 +10,7 @@ which layers must go with that channel. Ours are the slots that hold the same un
 
 import pytest
 import torch
+from cases import slow
 from torch import nn
 from zoo import build
 
@@ -18,8 +19,7 @@ from tcp_core import trace
 tp = pytest.importorskip("torch_pruning")
 
 # sums, depthwise convolutions, concatenations, groups; its walk takes seconds in the last two
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("densenet121", "regnet_y_400mf")]
-NETWORKS = ["resnet18", "mobilenet_v2", "squeezenet1_1", *SLOW]
+NETWORKS = ["resnet18", "mobilenet_v2", "squeezenet1_1", *slow("densenet121", "regnet_y_400mf")]
 CHANNELS_PER_LAYER = 3
 LAYERS = nn.Conv2d | nn.Linear | nn.BatchNorm2d
 GROUPED = (tp.prune_conv_in_channels, tp.prune_conv_out_channels)

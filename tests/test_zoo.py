@@ -11,6 +11,7 @@ LAYER_NORMED = ("convnext_tiny", "vit_b_16", "swin_t", "swin_v2_t")
 
 
 SLOW = ("resnext50_32x4d", "regnet_x_400mf", "mnasnet0_5", "efficientnet_v2_s", "alexnet", "vit_b_16", "swin_v2_t")
+SLOW += ("densenet121", "mobilenet_v2", "efficientnet_b0")
 
 
 @pytest.mark.parametrize(
