@@ -517,6 +517,20 @@ def test_a_machine_that_becomes_noisy_is_warned_of_and_the_run_goes_on():
     assert tailor.report()["measured"]["spread"] > 0.1
 
 
+def test_any_networks_can_be_timed_side_by_side():
+    asked = []
+
+    def clock(network, x):
+        asked.append(tuple(x.shape))
+        return of_network(network)
+
+    nets_ = [small_net(), small_net(8, 16).train()]
+    found = place(clock, batch=4).timings(nets_, torch.randn(2, 3, 8, 8))
+    assert [timing.ms for timing in found] == [pytest.approx(of_network(each)) for each in nets_]
+    assert {*asked} == {(4, 3, 8, 8)}
+    assert nets_[1].training
+
+
 def test_options_that_make_no_sense():
     with pytest.raises(tcp.BudgetError, match=r"latency budget needs a place .* latency=tcp\.Latency\("):
         tailored(None, {"latency": 0.5})

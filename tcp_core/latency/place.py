@@ -129,12 +129,25 @@ class Latency:
 
     def networks(self, model: nn.Module, channels: Channels, sets: Sequence[Tensor | None]) -> list[Timing]:
         """Return the time of the network of each set of units (None: the dense one), measured side by side."""
-        args = pytree.tree_map(self._batched, channels.example[0])
-        jobs = []
-        for open_units in sets:
-            network = copy.deepcopy(model) if open_units is None else remove(model, channels, open_units, verify=False)
-            jobs.append((network.cpu().eval(), args))
-        return self.backend.measure(jobs, self.seconds)
+        networks = [
+            copy.deepcopy(model) if open_units is None else remove(model, channels, open_units, verify=False)
+            for open_units in sets
+        ]
+        return self._timings(networks, channels.example[0])
+
+    def timings(self, models: Sequence[nn.Module], example_input: Tensor | tuple) -> list[Timing]:
+        """Return what each of ``models`` takes here, measured side by side: milliseconds, and their spread.
+
+        The models are left as they are. ``example_input`` is what they are called with, a tensor or a tuple of them:
+        the first sample of it is repeated to the batch size of this place.
+        """
+        args = example_input if isinstance(example_input, tuple) else (example_input,)
+        args = pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.ndim else x, args)
+        return self._timings([copy.deepcopy(model) for model in models], args)
+
+    def _timings(self, networks: Sequence[nn.Module], args: tuple) -> list[Timing]:
+        args = pytree.tree_map(self._batched, args)
+        return self.backend.measure([(network.cpu().eval(), args) for network in networks], self.seconds)
 
     def _batched(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
