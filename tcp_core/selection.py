@@ -124,6 +124,9 @@ FULL = 0.999
 NEARLY_FULL = 0.995
 """Below this share a block is let in at the expense of as many others as it takes."""
 
+ENTERING = 12
+"""So many blocks, the best, are tried for that."""
+
 MOVES = 32
 """So many blocks are weighed at once for leaving or entering, those that cost least; each pair of them is counted."""
 
@@ -169,8 +172,9 @@ def tighten(
 
     winning = exchanged(winning)
     if used(winning).max() < NEARLY_FULL:
-        moves = _moves(channels, winning, score, *limits)
-        entered = [_entered(channels, winning, *each, score, limits, used) for each in moves if not winning[each[1][0]]]
+        entering = [each for each in _moves(channels, winning, score, *limits) if not winning[each[1][0]]]
+        entering = sorted(entering, key=lambda each: float(score[each[1]].double().mean()), reverse=True)[:ENTERING]
+        entered = [_entered(channels, winning, *each, score, limits, used) for each in entering]
         others = [exchanged(filled(each)) for each in entered if each is not None]
         winning = max([winning, *others], key=lambda each: float(used(each).max()))
     return winning
