@@ -165,7 +165,7 @@ def seen():
     return SimpleNamespace(units=0, prunable=0, networks=0, moved=0, closable=0)
 
 
-SOME, MANY = 30, 300
+SOME, MANY = 20, 300
 
 
 def check_and_count(seen, network, seed):
