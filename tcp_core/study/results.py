@@ -168,7 +168,7 @@ def _device_name(device):
 
 
 def _git_state():
-    repository = Path(__file__).resolve().parents[1]
+    repository = Path(__file__).resolve().parents[2]
 
     def git(*arguments):
         command = ["git", "-C", str(repository), *arguments]
