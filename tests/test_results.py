@@ -171,3 +171,18 @@ def test_checkpoints_stay_for_the_same_run_alone(tmp_path, history, metrics):
     checkpoints.write(out / results.CHECKPOINTS, 1, {"step": 1})
     results.finish_run(out, history=history, metrics=metrics)
     assert left() is None
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_a_run_knows_the_commit_it_was_made_at():
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert results.environment("cpu")["git_commit"] == head.stdout.strip()
+
+
+def test_every_run_of_the_study_was_made_at_a_commit():
+    found = [json.loads(path.read_text()) for path in (ROOT / "results" / "runs").rglob("metrics.json")]
+    assert len(found) > 50
+    assert {(len(str(metrics["git_commit"])), metrics["git_dirty"]) for metrics in found} == {(40, False)}
