@@ -3,7 +3,7 @@ by the same table.
 
 ResNet-20 on images at half resolution, from a network that is trained first, once. The macs budget is found by halving
 before its run: the share at which the best units of the trained network, in the default widths, take the latency that
-is asked for. At the end all networks of a budget are timed side by side. Rows that are there are not run again.
+is asked for. Each network is timed beside the dense one at its end. Rows that are there are not run again.
 
     python benchmarks/same_latency.py --data cifar10-jpeg --out results/benchmarks/same_latency.json
 """

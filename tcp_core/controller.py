@@ -116,9 +116,7 @@ class Controller:
         self.multiples, self.multiple = tuple(candidates), candidates[0]
         self._resolve()
         if len(candidates) > 1:
-            share = sum(self.marginal[name] / bound for name, bound in self.bounds.items())
-            candidates = candidates[candidates.index(liked(channels, share, candidates)) :]
-            candidates = [each for each in candidates if self._leaves_a_choice(each)] or candidates[-1:]
+            candidates = liked(channels, candidates, self.marginal, self.bounds, min_width, self.cost_model)
         for self.multiple in candidates:  # a smaller one where the smallest network of a larger is above a bound
             if latency is not None:
                 latency.calibrate(required_units(channels, min_width, self.multiple))
@@ -150,21 +148,13 @@ class Controller:
         self.measured: dict[str, float] | None = None
 
     def _resolve(self) -> None:
-        """Derive bounds and prices, which follow from what the dense network costs."""
+        """Derive bounds, prices and the floor, which follow from what the dense network costs."""
         self.dense = self.cost_model.exact()
         self.bounds = self.budget.resolve(self.dense)
         self.marginal = self.cost_model.price(self.bounds)
-        self.floor = self.cost_model.exact(required_units(self.channels, self.min_width, self.multiple))
-
-    def _leaves_a_choice(self, multiple: int) -> bool:
-        """Return whether the smallest network in these multiples is at most half the way from the smallest of any
-        widths up to each bound; near the bound, all networks would be that one.
-        """
-        least, floor = (
-            self.cost_model.exact(required_units(self.channels, self.min_width, size)) for size in (1, multiple)
-        )
-        bounds = {name: bound for name, bound in self.bounds.items() if name != "latency"}  # its table knows what fits
-        return all(2 * floor[name] <= bound + least[name] for name, bound in bounds.items())
+        # the smallest network there is; of latency, the one that was measured
+        multiple = self.multiples[-1] if self.latency is None else self.multiple
+        self.floor = self.cost_model.exact(required_units(self.channels, self.min_width, multiple))
 
     def _place(self, phase: tuple[float, float], maturity: float) -> None:
         """Set all that follows from where the phase lies and how far the network was trained at the start."""

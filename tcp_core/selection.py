@@ -57,6 +57,14 @@ def fill(
     of so many, by their mean score: its width is a multiple, or what it was. ``cost`` is what ``bounds`` are on, macs
     and params by default; they must not be below the cost of :func:`required_units`.
     """
+    order, first, block = _ranked(channels, score, min_width, multiple)
+    return _top_up(channels.cost_model if cost is None else cost, first, order[~first[order]], bounds, block)
+
+
+def _ranked(
+    channels: Channels, score: Tensor, min_width: int | float, multiple: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return all units from the best down, block by block, and what :func:`_blocks` says of them."""
     score = score.double().where(channels.prunable, torch.inf)
     order = score.argsort(descending=True, stable=True)
     first, block = _blocks(channels, order, min_width, multiple)
@@ -64,7 +72,7 @@ def fill(
         worth = torch.zeros_like(score).index_add_(0, block, score) / torch.bincount(block, minlength=len(score))
         order = block.argsort(stable=True)
         order = order[worth[block[order]].argsort(descending=True, stable=True)]
-    return _top_up(channels.cost_model if cost is None else cost, first, order[~first[order]], bounds, block)
+    return order, first, block
 
 
 def _blocks(channels: Channels, order: Tensor, min_width: int | float, multiple: int) -> tuple[Tensor, Tensor | None]:
@@ -152,14 +160,10 @@ def tighten(
         found = model.exact(open_units)
         return torch.tensor([found[name] / bound for name, bound in bounds.items()], dtype=torch.float64)
 
+    order, _, block = _ranked(channels, score, *limits)
+
     def filled(open_units: Tensor) -> Tensor:  # a unit costs less once a neighbour in its layer has left
-        order = score.double().where(channels.prunable, torch.inf).argsort(descending=True, stable=True)
-        _, block = _blocks(channels, order, *limits)
-        rest = order[~open_units[order]]
-        if block is not None:
-            rest = rest[block[rest].argsort(stable=True)]
-            rest = rest[score.double()[block[rest]].argsort(descending=True, stable=True)]
-        return _top_up(model, open_units, rest, bounds, block)
+        return _top_up(model, open_units, order[~open_units[order]], bounds, block)
 
     def exchanged(open_units: Tensor) -> Tensor:
         while used(open_units).max() < FULL:
@@ -224,12 +228,12 @@ def _exchange(
         return None
     alone = torch.stack(alone)
     family = torch.tensor([index for index, _ in moves])
-    gain = torch.stack([score[units].double().mean() for _, units in moves]) * alone.sum(1)
+    gain = (torch.stack([score[units].double().mean() for _, units in moves]) * alone.sum(1)).nan_to_num()
     together = torch.zeros(len(moves), len(moves), len(now), dtype=torch.float64)
     for i, j in itertools.combinations(range(len(moves)), 2):
         if family[i] != family[j]:
             together[i, j] = used(after([i, j])) - now - alone[i] - alone[j]
-    best = None
+    best, reached = None, now.max()
     for size in (2, 3):
         which = torch.combinations(torch.arange(len(moves)), size)
         pairs = [(which[:, i], which[:, j]) for i, j in itertools.combinations(range(size), 2)]
@@ -238,14 +242,16 @@ def _exchange(
         for i, j in pairs:
             allowed &= family[i] != family[j]
         which, share = which[allowed], share[allowed]
-        worth = torch.where(share >= FULL, 1e9 + gain[which].sum(1) / gain.abs().max().clamp(min=1e-30), share)
-        for index in worth.argsort(descending=True, stable=True)[:30].tolist():
+        full = share >= FULL
+        order = torch.where(full, gain[which].sum(1), share).argsort(descending=True, stable=True)
+        order = order[full[order].int().argsort(descending=True, stable=True)]
+        for index in order[:30].tolist():
             candidate = after(which[index].tolist())
             found = used(candidate).max()
-            if found <= 1 and found > (now if best is None else used(best)).max():
-                best = candidate
+            if reached < found <= 1:
+                best, reached = candidate, found
                 break
-        if best is not None and used(best).max() >= FULL:
+        if reached >= FULL:
             break
     return best
 
@@ -321,17 +327,35 @@ LARGEST_BLOCK = 0.04
 """Share of the budget that the cheapest block may cost, where the multiple is chosen."""
 
 
-def liked(channels: Channels, share: Tensor, candidates: Sequence[int]) -> int:
-    """Return the largest of ``candidates`` (falling) with blocks small enough for the budget, or the last.
+def liked(
+    channels: Channels,
+    candidates: Sequence[int],
+    price: Mapping[str, Tensor],
+    bounds: Mapping[str, float],
+    min_width: int | float,
+    cost: Cost,
+) -> list[int]:
+    """Return which of the multiples ``candidates`` (falling) suit the budget, the last one always.
 
-    ``share`` is what each unit costs of the budget, float ``[units]``.
+    Their blocks are small enough: of some family one costs at most ``LARGEST_BLOCK``. And they leave a choice: their
+    smallest network is at most half the way from the smallest of any widths up to each bound, for near a bound all
+    networks would be that one. Of latency, which is not measured yet, its own table knows what fits.
     """
-    for multiple in candidates:
+    share = sum(price[name] / bound for name, bound in bounds.items())
+    known = {name: bound for name, bound in bounds.items() if name != "latency"}
+    smallest = cost.exact(required_units(channels, min_width))
+
+    def suits(multiple: int) -> bool:
         blocks = [
             multiple * float(share[family.units].mean())
             for family in channels.families
             if len(family.units) > multiple and channels.prunable[family.units].any()
         ]
-        if blocks and min(blocks) <= LARGEST_BLOCK:
-            return multiple
-    return candidates[-1]
+        least = cost.exact(required_units(channels, min_width, multiple))
+        return (
+            bool(blocks)
+            and min(blocks) <= LARGEST_BLOCK
+            and all(2 * least[name] <= bound + smallest[name] for name, bound in known.items())
+        )
+
+    return [*filter(suits, candidates[:-1]), candidates[-1]]

@@ -13,8 +13,9 @@ from cases import searched, some_of
 from hypothesis import example
 from hypothesis import strategies as st
 from random_nets import INPUT_SHAPE, RandomNet
+from torch import nn
 
-from tcp_core import Controller, trace
+from tcp_core import Controller, nets, selection, trace
 from tcp_core.controller import PHASE_FRESH, PHASE_TRAINED, fill, required_units, tighten
 from tcp_core.training import frames
 
@@ -179,6 +180,48 @@ def test_tighten_uses_the_budget_as_far_as_exchanges_can(problem):
             except AssertionError:
                 continue
             assert not within(channels, other, bounds) or utilisation(channels, other, bounds) <= used
+
+
+@pytest.fixture(scope="module")
+def resnet20():
+    return trace(nets.build("resnet20", num_classes=10), torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5, 0.3, 0.15])
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_coarse_units_use_the_budget_too(resnet20, share, multiple):
+    """One channel of the first stream is 8 to 30 % of the budget, so single exchanges leave up to 5 % of it."""
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        score = torch.rand(resnet20.units, generator=generator) + 0.1
+        for family in resnet20.families:  # families differ more than their units
+            score[family.units] *= 0.5 + torch.rand((), generator=generator)
+        controller = Controller(resnet20, {"macs": share}, steps=1000, multiple=multiple)
+        winning = controller.choose(score.square() / controller.marginal["macs"])
+        assert 0.99 <= utilisation(resnet20, winning, controller.bounds) <= 1
+
+
+def test_a_smaller_multiple_where_blocks_leave_much_is_kept_in_the_state(monkeypatch):
+    monkeypatch.setattr(selection, "LARGEST_BLOCK", 1.0)  # blocks that are much of the budget
+    network = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 3))
+    channels = trace(network, torch.randn(1, 3, 12, 12))
+
+    def made(multiple):
+        return Controller(channels, {"macs": 0.45}, steps=60, phase=(0.0, 1.0), multiple=multiple)
+
+    def used(controller):
+        gradients = Gradients(channels.units)
+        while not controller.frozen:
+            controller.update(gradients())
+        return utilisation(channels, controller.gate > 0, controller.bounds)
+
+    controller = made((16, 1))
+    assert controller.multiple == 16
+    assert used(made(16)) < used(controller) <= 1
+    assert controller.multiple == 1
+    other = made((16, 1))
+    other.load_state_dict(controller.state_dict())
+    assert (other.multiple, other.floor) == (controller.multiple, controller.floor)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -463,6 +463,8 @@ def test_by_default_widths_are_what_kernels_like_where_that_costs_little(resnet)
     assert multiple(model, {"macs": 0.1}) == 1
     deep = nets.build("resnet56", num_classes=10)
     assert [multiple(deep, {"macs": share}) for share in (0.5, 0.3, 0.15)] == [8, 8, 4]  # 14.3 % have all widths 8
+    tailor = tcp.Tailor(copy.deepcopy(model), x, budget={"macs": 0.5}, steps=100)
+    assert tailor.report()["floor"] == channels.cost(required_units(channels, 1))  # what any budget can go down to
     floor = channels.cost(required_units(channels, 1))["params"]
     assert multiple(model, {"macs": 0.5, "params": floor}) == 1  # any widths are better than no network
     with pytest.raises(tcp.BudgetError, match="below the floor"):
@@ -524,11 +526,11 @@ def test_any_networks_can_be_timed_side_by_side():
         asked.append(tuple(x.shape))
         return of_network(network)
 
-    nets_ = [small_net(), small_net(8, 16).train()]
-    found = place(clock, batch=4).timings(nets_, torch.randn(2, 3, 8, 8))
-    assert [timing.ms for timing in found] == [pytest.approx(of_network(each)) for each in nets_]
+    models = [small_net(), small_net(8, 16).train()]
+    found = place(clock, batch=4).timings(models, torch.randn(2, 3, 8, 8))
+    assert [timing.ms for timing in found] == [pytest.approx(of_network(each)) for each in models]
     assert {*asked} == {(4, 3, 8, 8)}
-    assert nets_[1].training
+    assert models[1].training
 
 
 def test_options_that_make_no_sense():
