@@ -84,7 +84,7 @@ def table(rows: list[dict]) -> str:
     head = "network | backend | batch | dense, ms | bound, ms | delivered, ms | of bound | spread | once more, of dense"
     head += " | spread | macs | multiple | networks | table, s"
     lines = [f"| {head} |", "| --- | --- |" + " --: |" * 12]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (list(NETWORKS).index(row["network"]), row["backend"], row["batch"])):
         if row["budget"] == "latency":
             cells = [row["network"], row["backend"], row["batch"]]
             cells += [f"{row[name]:.3g}" for name in ("dense", "bound", "latency")]

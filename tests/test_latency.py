@@ -633,7 +633,12 @@ def test_the_page_has_the_table_of_the_benchmark():
     page = (root / "docs" / "latency.md").read_text()
     between = page.partition("<!-- table -->\n")[2].partition("\n<!-- end -->")[0]
     assert between == benchmark.table(rows)
-    assert len(between.splitlines()) > 2
+    rows = [row for row in rows if row["budget"] == "latency"]
+    assert f"All {len(rows)} use 98 to 100 % of the bound" in page
+    assert all(0.98 <= row["latency"] / row["bound"] <= 1 for row in rows)
+    assert all(row["again_share"] <= row["share"] * (1 + row["spread"] + row["again_spread"]) for row in rows)
+    took = [row["seconds_table"] for row in rows if row["network"] == "resnet50"]
+    assert "The tables of ResNet-50 took {:.0f} s and {:.0f} s".format(*took) in page
 
 
 def test_one_shot_comparators_have_the_same_table_and_loop(resnet):
