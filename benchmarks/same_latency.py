@@ -1,15 +1,18 @@
 """Accuracy at the same latency: a budget of latency, a budget of macs that ends at that latency, and one-shot pruning
 by the same table.
 
-ResNet-20 on images at half resolution, from a network that is trained first, once. The macs budget is found by halving
-before its run: the share at which the best units of the trained network, in the default widths, take the latency that
-is asked for. Each network is timed beside the dense one at its end. Rows that are there are not run again.
+On images at half resolution, from a network that is trained first, once. The macs budget is found by halving before its
+run: the share at which the best units of the trained network, in the default widths, take the latency that is asked
+for. Each network is timed beside the dense one at its end. Rows that are there are not run again, and two processes of
+other seeds may share the output.
 
     python benchmarks/same_latency.py --data cifar10-jpeg --out results/benchmarks/same_latency.json
 """
 
 import argparse
+import copy
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -23,41 +26,46 @@ from tcp_core.study.comparators import pruner
 from tcp_core.study.results import environment
 
 METHODS = ("latency budget", "macs budget", "one-shot Taylor, latency table")
-RECIPE = {"batch_size": 128, "augment": "crop_flip", "precision": "bf16"}
+RECIPE = {"batch_size": 128, "augment": "crop_flip"}
 
 
 def main() -> None:
     """Run what is not in the output yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of images, such as cifar10-jpeg")
+    parser.add_argument("--network", default="resnet20", choices=list(nets.NETWORKS))
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.6, 0.4], help="of the dense network's latency")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--start", type=Path, default=Path("build/same_latency_start.pt"), help="the trained network")
     parser.add_argument("--start-epochs", type=int, default=20)
-    parser.add_argument("--table", type=Path, default=Path("build/latency/same_latency.json"))
+    parser.add_argument("--work", type=Path, default=Path("build/same_latency"), help="trained networks and tables")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     train, val = halves(options.data)
     model = started(options, train, val)
     example = train.pixels[:2].float()
     channels = tcp.trace(model, example)
-    place = tcp.Latency("onnxruntime", batch=1, threads=1, table=options.table, progress=False)
-    content = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
-    for share in options.shares:
-        for seed in options.seeds:
-            for method in METHODS:
-                key = {"method": method, "latency": share, "seed": seed, "epochs": options.epochs}
-                if any(key.items() <= row.items() for row in content["rows"]):
-                    continue
-                row, small = run(model, channels, place, train, val, key)
-                timing, dense = place.timings([small, model], example)
-                row |= {"ms": timing.ms, "dense_ms": dense.ms, "spread": max(timing.spread, dense.spread)}
-                print(json.dumps({name: value for name, value in row.items() if name != "history"}), flush=True)
-                content["rows"].append(row)
-                content |= environment("cpu") | {"start_epochs": options.start_epochs, "recipe": RECIPE}
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(content, indent=1) + "\n")
+    table = options.work / f"{options.network}-table.json"
+    place = tcp.Latency("onnxruntime", batch=1, threads=1, table=table, progress=False)
+    for share, seed, method in itertools.product(options.shares, options.seeds, METHODS):
+        key = {"network": options.network, "method": method, "latency": share, "seed": seed, "epochs": options.epochs}
+        if any(key.items() <= row.items() for row in written(options.out)["rows"]):
+            continue
+        row, small = run(model, channels, place, train, val, key, options.precision)
+        timing, dense = place.timings([small, model], example)
+        row |= {"ms": timing.ms, "dense_ms": dense.ms, "spread": max(timing.spread, dense.spread)}
+        print(json.dumps({name: value for name, value in row.items() if name != "history"}), flush=True)
+        content = written(options.out)
+        content["rows"].append(row | {"start_epochs": options.start_epochs, "precision": options.precision})
+        content |= environment("cpu") | {"recipe": RECIPE}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def written(out: Path) -> dict:
+    """Return what is in the output by now."""
+    return json.loads(out.read_text()) if out.exists() else {"rows": []}
 
 
 def halves(root: Path) -> list:
@@ -71,42 +79,47 @@ def halves(root: Path) -> list:
 def started(options: argparse.Namespace, train, val) -> torch.nn.Module:
     """Return the dense network that all runs start from, trained now if it is not there."""
     torch.manual_seed(0)
-    model = nets.build("resnet20", num_classes=len(train.classes))
-    if not options.start.exists():
-        result = tcp.fit(model, train, val, epochs=options.start_epochs, lr=0.1, **RECIPE)
-        options.start.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(result.model.state_dict(), options.start)
-    model.load_state_dict(torch.load(options.start, weights_only=True))
+    model = nets.build(options.network, num_classes=len(train.classes))
+    start = options.work / f"{options.network}-{options.start_epochs}-epochs.pt"
+    if not start.exists():
+        result = tcp.fit(model, train, val, epochs=options.start_epochs, lr=0.1, precision=options.precision, **RECIPE)
+        print(result.history.iloc[-1].to_dict(), flush=True)
+        start.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(result.model.state_dict(), start)
+    model.load_state_dict(torch.load(start, weights_only=True))
     return model
 
 
-def run(model, channels: tcp.Channels, place: tcp.Latency, train, val, key: dict) -> tuple[dict, torch.nn.Module]:
+def run(
+    model, channels: tcp.Channels, place: tcp.Latency, train, val, key: dict, precision: str
+) -> tuple[dict, torch.nn.Module]:
     """Return one row, and the network that the run left."""
     method, share, seed = key["method"], key["latency"], key["seed"]
-    network = nets.build("resnet20", num_classes=len(train.classes))
-    network.load_state_dict(model.state_dict())
+    network = copy.deepcopy(model)
     how, more = {}, {}
     if method == "latency budget":
         how = {"budget": {"latency": share}, "latency": place}
     elif method == "macs budget":
-        more = {"macs_budget": macs_share(model, channels, place, train, share)}
+        more = {"macs_budget": macs_share(model, channels, place, train, share, precision)}
         how = {"budget": {"macs": more["macs_budget"]}}
     else:
-        options = {"train": train, "seed": seed, "precision": RECIPE["precision"], "multiple": "auto"}
+        options = {"train": train, "seed": seed, "precision": precision, "multiple": "auto"}
         how = {"prune": pruner("taylor", {"latency": share}, latency=place, **options)}
-    result = tcp.fit(network, train, val, epochs=key["epochs"], lr=0.04, seed=seed, **RECIPE, **how)
+    result = tcp.fit(
+        network, train, val, epochs=key["epochs"], lr=0.04, seed=seed, precision=precision, **RECIPE, **how
+    )
     last = result.history.iloc[-1]
     row = key | more | {"train_loss": float(last["train_loss"]), "val_accuracy": float(last["val_accuracy"])}
     row |= {"macs_share": float(last["macs"]) / channels.cost()["macs"], "widths": result.widths["tailored"].tolist()}
     return row | {"history": result.history[["epoch", "train_loss", "val_accuracy"]].to_dict("list")}, result.model
 
 
-def macs_share(model, channels: tcp.Channels, place: tcp.Latency, train, share: float) -> float:
+def macs_share(model, channels: tcp.Channels, place: tcp.Latency, train, share: float, precision: str) -> float:
     """Return the share of the macs at which the best units of the trained network take ``share`` of its latency."""
     low, high = 0.05, 1.0
     for _ in range(7):
         middle = (low + high) / 2
-        prune = pruner("taylor", {"macs": middle}, train=train, batches=30, precision="bf16", multiple="auto")
+        prune = pruner("taylor", {"macs": middle}, train=train, batches=30, precision=precision, multiple="auto")
         small = prune(model, channels, 1000).open_units
         timing, dense = place.networks(model, channels, [small, None])
         low, high = (middle, high) if timing.ms <= share * dense.ms else (low, middle)
