@@ -113,6 +113,20 @@ def test_eight_bits(network, path, tmp_path):
     assert (fine.argmax(1) == coarse.argmax(1)).mean() > 0.9
 
 
+def test_eight_bits_that_overflow_on_this_cpu_are_not_kept(network, path, tmp_path):
+    images, x = torch.randn(64, 1, 8, 8), torch.randn(200, 1, 8, 8)
+    kept, full, reduced = (
+        running.quantise(path, tmp_path / f"{choice}.onnx", images, reduce_range=choice)
+        for choice in (None, False, True)
+    )
+    weights = [each for each in onnx.load(reduced).graph.initializer if "weight" in each.name and len(each.dims) == 4]
+    assert max(np.abs(onnx.numpy_helper.to_array(each)).max() for each in weights) == 64
+    exact = running.call(path, x)()[0]
+    errors = [np.square(running.call(each, x)()[0] - exact).mean() for each in (kept, full, reduced)]
+    assert errors[0] <= 1.1 * min(errors[1:])
+    assert onnx.load(kept) in (onnx.load(full), onnx.load(reduced))
+
+
 def test_what_cannot_be_quantised_leaves_the_older_file(path, tmp_path):
     older = tmp_path / "older.onnx"
     older.write_bytes(b"an older file")
@@ -244,6 +258,21 @@ def test_multiples_are_never_slower_than_the_dense_network_as_the_page_says():
         if row["widths"].startswith("multiples"):
             assert row["speedup"] > 1, row
     assert all(row["macs"] <= 0.5 for row in rows if row["widths"] != "dense")
+
+
+def test_the_page_has_the_table_of_eight_bits():
+    root = Path(dp.__file__).resolve().parents[2]
+    rows = json.loads((root / "results" / "benchmarks" / "eight_bits.json").read_text(encoding="utf-8"))["rows"]
+    page = (root / "docs" / "deployment.md").read_text(encoding="utf-8").splitlines()
+    for network in ("resnet20", "resnet56"):
+        fine, full, reduced = [row for row in rows if row["network"] == network]
+        assert [row["weights"] for row in (fine, full, reduced)] == ["fp32", "8 bits", "7 bits"]
+        cells = [network, f"{fine['accuracy']:.2%}"]
+        for row in (full, reduced):
+            cells += [f"{row['accuracy']:.2%}", f"{row['rms'] / row['rms_of_logits']:.1%}"]
+        assert f"| {' | '.join(cells)} |" in page
+        assert full["accuracy"] < fine["accuracy"] - 0.01
+        assert abs(reduced["accuracy"] - fine["accuracy"]) < 0.002
 
 
 def test_the_page_on_scale_has_the_parts_of_a_step():

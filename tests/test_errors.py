@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -425,6 +426,21 @@ def test_an_unknown_precision(model, batches, precision):
         fit(model, batches, budget=None, epochs=1, precision=precision)
     with pytest.raises(ValueError, match=r"precision=.*; it must be one of fp32, bf16"):
         evaluate(model, batches, precision=precision)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_cpu_without_kernels_for_bf16_is_warned_of(model, batches, kernels, monkeypatch):
+    monkeypatch.setattr("tcp_core.training.evaluation.has_bf16_kernels", lambda device: kernels)
+    for call in (
+        lambda: fit(copy.deepcopy(model), batches, budget=None, epochs=1, precision="bf16"),
+        lambda: evaluate(model, batches, precision="bf16"),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        said = [str(each.message) for each in caught if "has no bf16 kernels" in str(each.message)]
+        assert bool(said) is not kernels
+        assert all("about ten times slower than precision='fp32'. Use fp32 here." in each for each in said)
 
 
 @pytest.mark.parametrize("epochs", [0, -1, 1.5, "3", None])

@@ -24,7 +24,7 @@ CORE = (
     *("tracing", "maturity", "selection", "controller", "preparing", "shrinking", "report", "tailor"),
     *("storage", "foreign", "nets"),
 )
-AROUND = ("latency", "deploy", "datasets", "training", "study")
+AROUND = ("hardware", "latency", "deploy", "datasets", "training", "study")
 
 
 def imported(tree, package="tcp_core"):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from tcp_core.hardware import device_name
 from tcp_core.study import results
 from tcp_core.training import checkpoints, frames
 
@@ -142,7 +143,8 @@ def test_environment_has_what_metrics_need(tmp_path):
     assert set(environment) - {"git_dirty"} <= set(results.METRICS)
     assert set(environment["versions"]) == {"python", "tcp_core", "torch", "torchvision", "numpy"}
     assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert environment["device"]
+    assert environment["device"] == device_name("cpu")
+    assert environment["device"].endswith(f", {torch.backends.cpu.get_cpu_capability()}")
     results.start_run(tmp_path, environment)  # JSON can hold it
 
 

@@ -9,16 +9,15 @@ import importlib.util
 import inspect
 import io
 import math
-import platform
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..hardware import device_name
 from .clock import LatencyError, Timing, of, timed
 
 Job = tuple[nn.Module, tuple[Tensor, ...]]
@@ -48,7 +47,7 @@ class Torch:
 
     def identity(self) -> dict[str, str]:
         """Return what a table of measurements depends on."""
-        return {"backend": f"torch {torch.__version__}", "device": _device(self.device)}
+        return {"backend": f"torch {torch.__version__}", "device": device_name(self.device)}
 
     def measure(self, jobs: Sequence[Job], seconds: float) -> list[Timing]:
         """Return the time of one forward pass of each, interleaved."""
@@ -82,7 +81,7 @@ class Compiled(Torch):
 
     def identity(self) -> dict[str, str]:
         """Return what a table of measurements depends on."""
-        return {"backend": f"torch.compile {torch.__version__}", "device": _device(self.device)}
+        return {"backend": f"torch.compile {torch.__version__}", "device": device_name(self.device)}
 
     def measure(self, jobs: Sequence[Job], seconds: float) -> list[Timing]:
         """Return the time of one forward pass of each, interleaved."""
@@ -127,7 +126,7 @@ class OnnxRuntime:
         """Return what a table of measurements depends on."""
         version = importlib.metadata.version("onnxruntime")
         device = "cuda" if self.provider in ("CUDA", "Tensorrt") and torch.cuda.is_available() else "cpu"
-        return {"backend": f"onnxruntime {version} {self.provider}", "device": _device(device)}
+        return {"backend": f"onnxruntime {version} {self.provider}", "device": device_name(device)}
 
     def measure(self, jobs: Sequence[Job], seconds: float) -> list[Timing]:
         """Return the time of one run of each session, interleaved."""
@@ -227,14 +226,3 @@ def _threads(count: int):
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _device(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..hardware import device_name
 from ..training import checkpoints
 from ..training.frames import HISTORY, TRAJECTORY, WIDTHS, require
 
@@ -128,15 +129,17 @@ def read_runs(root: str | Path) -> pd.DataFrame:
 def environment(device: str | torch.device | None = None) -> dict:
     """Return what the numbers of a run depend on beside its parameters; call it as the run starts.
 
-    Keys: `versions` (python, tcp_core, torch, torchvision, numpy), `device` (name of the
-    processor), `threads` (of torch on the CPU), `git_commit` and `git_dirty` (whether code differs
-    from that commit; both None outside a git checkout), `started` (UTC, ISO 8601).
+    Keys: `versions` (python, tcp_core, torch, torchvision, numpy), `device` (its name and, of a CPU, the
+    instructions that torch uses), `threads` (of torch on the CPU), `git_commit` and `git_dirty` (whether
+    code differs from that commit; both None outside a git checkout), `started` (UTC, ISO 8601).
     Without `device`, the GPU is meant if there is one.
     """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     packages = ("tcp_core", "torch", "torchvision", "numpy")
     return {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
-        "device": _device_name(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         **_git_state(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -148,23 +151,6 @@ def _version(package):
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None  # used from a source tree that is not installed
-
-
-def _device_name(device):
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name" and value.strip():
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _git_state():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..datasets.images import Images
+from ..hardware import device_name, has_bf16_kernels
 from ..state import keeping_modes
 from .batches import by_epoch, channels_last
 from .objective import Objective, in_full_precision
@@ -37,8 +39,9 @@ def evaluate(
     Raises:
         ValueError: for another precision, no images, or a label that the network has no output for.
     """
-    check_precision(precision)
-    return means(sums(model, images, batch_size, precision, device_of(model, device), Objective(loss, metric)))
+    device = device_of(model, device)
+    check_precision(precision, device)
+    return means(sums(model, images, batch_size, precision, device, Objective(loss, metric)))
 
 
 @torch.no_grad()
@@ -81,10 +84,16 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def check_precision(precision: str) -> None:
-    """Raise ValueError unless ``precision`` is one of `PRECISIONS`."""
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise ValueError unless ``precision`` is one of `PRECISIONS`; warn where the device is slow at it."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}; it must be one of {', '.join(PRECISIONS)}.")
+    if precision == "bf16" and not has_bf16_kernels(device):
+        warnings.warn(
+            f"precision='bf16' on this CPU ({device_name(device)}): torch has no bf16 kernels for it and goes "
+            "through a reference loop, about ten times slower than precision='fp32'. Use fp32 here.",
+            stacklevel=3,
+        )
 
 
 def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:

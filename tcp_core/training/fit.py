@@ -135,11 +135,12 @@ def fit(
             and the optimiser's state are as before that step.
         CheckpointError: if a checkpoint cannot be written, or the folder has those of another run.
     """
-    _check(precision, epochs, accumulate, restart, clip, ema, teacher_weight, temperature, tailoring)
+    device = device_of(model, device)
+    check_precision(precision, device)
+    _check(epochs, accumulate, restart, clip, ema, teacher_weight, temperature, tailoring)
     _check_objective(loss, label_smoothing, teacher, teacher_weight, temperature)
     mix = mixer(mixing, train)
     optimised, following = optimise(optimizer, lr, momentum, weight_decay), scheduled(schedule, warmup, restart)
-    device = device_of(model, device)
     model.to(device)
     check_batch_size(train, batch_size)
     batches = by_epoch(train, batch_size, augment, seed, device)
@@ -213,9 +214,8 @@ def _say(text: str) -> None:
         pass
 
 
-def _check(precision, epochs, accumulate, restart, clip, ema, teacher_weight, temperature, tailoring: Mapping) -> None:
+def _check(epochs, accumulate, restart, clip, ema, teacher_weight, temperature, tailoring: Mapping) -> None:
     """Refuse numbers out of range, and options that are another object's."""
-    check_precision(precision)
     for name, value, allowed, right in (
         ("restart", restart, "a share of the run in [0, 1), 0 for no restart", lambda share: 0 <= share < 1),
         ("epochs", epochs, "an int of at least 1", lambda count: isinstance(count, int) and count >= 1),
