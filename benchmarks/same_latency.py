@@ -47,7 +47,7 @@ def main() -> None:
     example = train.pixels[:2].float()
     channels = tcp.trace(model, example)
     table = options.work / f"{options.network}-table.json"
-    place = tcp.Latency("onnxruntime", batch=1, threads=1, table=table, progress=False)
+    place = tcp.Latency("onnxruntime", batch=1, threads=1, table=table, seconds=5.0, noise=0.3, progress=False)
     for share, seed, method in itertools.product(options.shares, options.seeds, METHODS):
         key = {"network": options.network, "method": method, "latency": share, "seed": seed, "epochs": options.epochs}
         if any(key.items() <= row.items() for row in written(options.out)["rows"]):

@@ -315,6 +315,11 @@ def test_a_grid_has_the_steps_and_the_width_itself(width, step):
     assert all(min(width, n * step) in points for n in range(1, 5))
     assert len(points) <= 24
     assert all(point % step == 0 for point in points[:-1])
+    coarse = grid(width, step, coarse=True)
+    assert set(coarse) <= {*range(step, width, step), width}
+    assert coarse[-1] == width
+    assert len(coarse) <= min(len(points), 13)
+    assert all(b <= max(2 * a, step) for a, b in zip(coarse, coarse[1:], strict=False))
 
 
 @searched(25, 100, data=st.data(), steps=st.tuples(st.sampled_from([1, 4, 8]), st.sampled_from([1, 4, 8])))
@@ -422,7 +427,7 @@ def test_tables_of_other_places_and_no_tables_are_refused(tmp_path, monkeypatch)
 def test_a_progress_bar_says_how_far_it_is(resnet, capsys):
     model, channels = resnet
     tcp.Latency(of_layer_too).cost(model, channels)
-    assert re.search(r"timing layers: 100%.*measurements", capsys.readouterr().err)
+    assert re.search(r"timing layers: 100%.*layers", capsys.readouterr().err)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -572,7 +577,7 @@ def test_what_is_not_installed(monkeypatch):
 def test_real_backends(backend, tmp_path, monkeypatch):
     if backend == "onnxruntime":
         pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(tables, "grid", lambda width, step: sorted({min(width, 16), width}))
+    monkeypatch.setattr(tables, "grid", lambda width, step, coarse: sorted({min(width, 16), width}))
     torch.manual_seed(0)
     model = small_net()
     latency = tcp.Latency(backend, batch=2, noise=100, seconds=0.01, table=tmp_path / "t.json", progress=False)

@@ -19,6 +19,8 @@ from torch import nn
 from .clock import LatencyError
 
 STEPS = (32, 16, 8, 4)
+LONG = 10.0
+"""Milliseconds of a layer in the dense network from which a coarser grid is measured, or large batches take hours."""
 FLAT = 0.3
 """How far, on average, times may be from those at the upper end of their step, where a straight line would be 1."""
 
@@ -54,12 +56,16 @@ class LayerCall:
         return f"{self.module} at {space or 1}"
 
     def job(self, inputs: int, outputs: int, batch: int) -> tuple[nn.Module, tuple[torch.Tensor]]:
-        """Return the layer with other widths, and an input for it."""
+        """Return the layer with other widths, and an input for it, the same sample all over."""
         module, generator = self.module, torch.Generator().manual_seed(0)
         bias = module.bias is not None
+
+        def batched(*shape: int) -> tuple[torch.Tensor]:
+            x = torch.randn(1, *shape, generator=generator)  # random numbers for all would take longer than the layer
+            return (x.expand(batch, *shape).contiguous(),)
+
         if isinstance(module, nn.Linear):
-            x = torch.randn(batch, *self.shape[1:-1], inputs, generator=generator)
-            return nn.Linear(inputs, outputs, bias).eval(), (x,)
+            return nn.Linear(inputs, outputs, bias).eval(), batched(*self.shape[1:-1], inputs)
         groups = module.groups
         if self.grouped:
             groups = max(1, outputs * module.groups // module.out_channels)
@@ -67,7 +73,7 @@ class LayerCall:
             outputs = groups * (module.out_channels // module.groups)
         options = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "padding_mode")}
         layer = type(module)(inputs, outputs, module.kernel_size, groups=groups, bias=bias, **options)
-        return layer.eval(), (torch.randn(batch, inputs, *self.shape[2:], generator=generator),)
+        return layer.eval(), batched(inputs, *self.shape[2:])
 
 
 def layer_calls(model: nn.Module, args: tuple, kwargs: dict) -> list[LayerCall]:
@@ -91,11 +97,13 @@ def layer_calls(model: nn.Module, args: tuple, kwargs: dict) -> list[LayerCall]:
     return found
 
 
-def grid(width: int, step: int) -> list[int]:
-    """Return widths to measure at: every step up to four, then growing by a half, and the width itself."""
-    points = {min(width, step * n) for n in range(1, 5)} | {width}
+def grid(width: int, step: int, *, coarse: bool = False) -> list[int]:
+    """Return widths to measure at: every step up to four, then growing by a half, and the width itself; with
+    ``coarse``, from one step on doubled.
+    """
+    points = {min(width, step * n) for n in ((1, 2, 4) if coarse else (1, 2, 3, 4))} | {width}
     point = 4.0 * step
-    while (point := point * 1.5) < width:
+    while (point := point * (2 if coarse else 1.5)) < width:
         points.add(min(width, round(point / step) * step))
     return sorted(points)
 
@@ -169,17 +177,15 @@ def fill_in(table: Table, calls: Sequence[LayerCall], backend, batch: int, progr
     if not table.steps:
         table.steps = _steps(backend)
         table.ms_per_byte = _ms_per_byte(backend, batch)
-    ins, outs = table.steps["in"], table.steps["out"]
-    sizes = {call.key: (grid(call.widths[0], ins), grid(call.widths[1], outs)) for call in missing}
-    with _bar(sum(len(a) * len(b) for a, b in sizes.values()), progress) as bar:
+    with _bar(len(missing), progress) as bar:
         for call in missing:
-            left, right = sizes[call.key]
-            times = []
-            for inputs in left:
-                times.append([ms(call, inputs, outputs) for outputs in right])
-                bar.update(len(right))
+            coarse = ms(call, *call.widths) > LONG
+            steps = table.steps["in"], table.steps["out"]
+            left, right = (grid(width, step, coarse=coarse) for width, step in zip(call.widths, steps, strict=True))
+            times = [[ms(call, inputs, outputs) for outputs in right] for inputs in left]
             table.layers[call.key] = {"in": left, "out": right, "ms": times}
             table.save()
+            bar.update()
 
 
 def _steps(backend) -> dict[str, int]:
@@ -217,7 +223,7 @@ def _ms_per_byte(backend, batch: int) -> float:
 
 
 def _bar(total: int, progress: bool):
-    """Return a progress bar over ``total`` measurements."""
+    """Return a progress bar over ``total`` layers."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="timing layers", unit=" measurements", disable=not progress)
+    return tqdm(total=total, desc="timing layers", unit=" layers", disable=not progress)
