@@ -303,6 +303,35 @@ def test_small_is_the_uniform_network_with_weights_of_its_own():
     assert first.model.layer3[0].conv2.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["small_resnet", "resnet20", "dense", "depthwise"])
+def test_small_takes_the_widths_of_another_network(name):
+    network, x, _ = built(name)
+    channels = trace(network, x)
+    other = pruner("random", {"macs": 0.5}, seed=3)(copy.deepcopy(network), channels, STEPS)
+    widths = other.report()["widths"]
+    small = pruner("small", {"macs": 0.5}, widths=widths, seed=1)(network, channels, STEPS)
+    assert small.report()["widths"] == widths
+    assert small.report()["current"] == other.report()["current"]
+    small(x)
+
+
+def test_widths_that_no_network_has():
+    network, x, _ = built("small_resnet")
+    channels = trace(network, x)
+    widths = channels.widths()
+    first, second = "layer1.0.conv2", "conv1"  # both in the same stream
+    for wrong, said in (
+        ({**widths, first: widths[first] - 1}, rf"nearest found have .*({first}|{second}) "),
+        ({**widths, first: 10**6}, "no units give these widths"),
+        ({"other": 3, **widths}, "widths of other layers than the network's are given: other in one only"),
+        (widths, r"over the budget: macs [\d,]+ > [\d,]+"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pruner("small", {"macs": 0.5}, widths=wrong)(network, channels, STEPS)
+    with pytest.raises(ValueError, match="widths are given to taylor, which finds its own; only small takes them"):
+        pruner("taylor", {"macs": 0.5}, widths=widths)
+
+
 def test_small_needs_modules_that_can_start_anew():
     network = nn.Sequential(nn.Conv2d(1, 4, 1))
     network.own = nn.Module()

@@ -33,6 +33,7 @@ epochs: int = 2  # passes
 lr: float = 0.1  # rate
 seed: int = 0  # of everything
 weights: str = ""  # start
+widths_of: str = ""  # another run
 restart: bool = False  # of the schedule
 size: int = 0  # side
 warmup: float = 0.05  # share
@@ -54,15 +55,18 @@ folder = pathlib.Path(out)
 (folder / "metrics.json").unlink(missing_ok=True)
 given = {"network": network, "data": pathlib.Path(data).name, "method": method, "macs": macs, "params": params}
 given |= {"epochs": epochs, "lr": lr, "seed": seed, "weights": "/".join(pathlib.Path(weights).parts[-2:])}
+given |= {"widths_of": "/".join(pathlib.Path(widths_of).parts[-2:])}
 (folder / "params.json").write_text(json.dumps(given | {"restart": restart, "fail": fail}))
 with (folder.parent / "began.txt").open("a") as began:
     print(folder.name, file=began)
 start = pathlib.Path(weights).read_text() if weights else "nothing"
+start = (pathlib.Path(widths_of) / "widths.csv").read_text() if widths_of else start
 for epoch in range(epochs):
     print("epoch", epoch + 1, flush=True)
     time.sleep(0.3)
     assert not fail, "failed on purpose"
 (folder / "network.safetensors").write_text(f"{start}, then {network} {method} {seed}")
+(folder / "widths.csv").write_text(f"widths of {method} {macs}")
 (folder / "metrics.json").write_text(json.dumps({"start": start, "seed": seed, "seconds_train": epochs * 0.3}))
 """
 SMALL = """
@@ -207,6 +211,20 @@ def test_keys_folders_and_parameters(project):
     }
 
 
+def test_a_run_may_have_the_widths_of_another(project):
+    text = "a: {grid: {macs: [0.5, 0.4]}}, "
+    text += "b: {fixed: {method: small, widths_of: 'run:a/macs{macs}'}, grid: {macs: [0.5, 0.4]}}"
+    declaration = read(project(declared(text)))
+    run = declaration.runs["b/macs0.4"]
+    assert run.needs == "a/macs0.4"
+    assert run.params["widths_of"] == str(declaration.runs["a/macs0.4"].folder)
+    experiments.execute(declaration, "a/macs0.4")
+    (declaration.runs["a/macs0.4"].folder / "network.safetensors").unlink()  # its widths are all that is read
+    experiments.execute(declaration, "b/macs0.4")
+    assert json.loads((run.folder / "metrics.json").read_text())["start"] == "widths of tailored 0.4"
+    assert set(read(project(declared(text))).todo()) == {"a/macs0.5", "b/macs0.5"}
+
+
 def test_a_budget_that_is_not_declared_is_none(project):
     runs = read(project("{data: digits, notebook: fake, experiments: {a: {grid: {params: [0.5]}}}}")).runs
     assert runs["a/params0.5"].budget() == {"params": 0.5}
@@ -327,6 +345,19 @@ def declared(experiments="a: {grid: {macs: [0.5]}}", **changed):
         (
             declared("a: {grid: {macs: [0.5]}}, b: {grid: {weights: 'run:a/macs0.5', macs: [0.3]}}"),
             ["gives a tailored"],
+        ),
+        (declared("a: {grid: {method: small, macs: [0.5], widths_of: b}}"), ["widths_of: 'b' given", '"run:<key']),
+        (
+            declared("a: {grid: {method: small, macs: [0.5], widths_of: 'run:b/x'}}"),
+            ["a/small-macs0.5: widths_of: there is no run 'b/x'"],
+        ),
+        (
+            declared("a: {grid: {macs: [0.5]}}, b: {grid: {method: small, macs: [0.3], widths_of: 'run:a/macs0.5'}}"),
+            ["is of small_resnet with {'macs': 0.5}; one of small_resnet with {'macs': 0.3} is needed"],
+        ),
+        (
+            declared("a: {grid: {macs: [0.5]}}, b: {grid: {method: taylor, macs: [0.5], widths_of: 'run:a/macs0.5'}}"),
+            ["widths_of and method taylor given; only small"],
         ),
         (declared(fixed="{network: vgg16_bn}"), ["a/macs0.5: the model raised", "(2, 1, 8, 8)"]),
         (declared(data="pictures"), ["data: pictures is needed", "DATA=/path/to/pictures"]),

@@ -36,7 +36,17 @@ from ..removal import check_same_model, remove
 from ..report import Report
 from ..selection import least
 from ..training.batches import by_epoch
-from .criteria import global_l1, random, shrink_scales, slimming, start_anew, taylor, torch_pruning, uniform_l1
+from .criteria import (
+    as_wide_as,
+    global_l1,
+    random,
+    shrink_scales,
+    slimming,
+    start_anew,
+    taylor,
+    torch_pruning,
+    uniform_l1,
+)
 
 METHODS = (
     *("uniform_l1", "global_l1", "slimming", "taylor", "random"),
@@ -64,12 +74,13 @@ def pruner(
     min_width: int | float = 1,
     multiple: int | str = 1,
     latency: Any = None,
+    widths: Mapping[str, int] | None = None,
 ) -> Callable[[nn.Module, Channels, int], OneShot]:
     """Return what ``fit(prune=...)`` takes: a function of (model, channels, steps) that gives the network to train.
 
     Args:
-        method: one of ``METHODS``, described at the function or class of that name; "small" has the widths of
-            "uniform_l1" and fresh weights.
+        method: one of ``METHODS``, described at the function or class of that name; "small" has fresh weights and
+            the widths of "uniform_l1", or those given.
         budget: the bounds to meet, as in :class:`tcp_core.Tailor`.
         train: images or batches on which "taylor" measures; no other method needs them.
         at: the share of the run after which the network is made smaller; 0: before the first step.
@@ -80,6 +91,7 @@ def pruner(
         min_width: the fewest units that stay in each family; "torch_pruning" keeps one.
         multiple, latency: of the widths, and where latency is measured, as in :class:`tcp_core.Tailor`, but that
             widths are any by default; not for "fixed_strength" and "torch_pruning".
+        widths: of "small": output channels of each layer by name, such as another run ended with.
 
     Raises:
         ValueError: for an unknown method, or a share at which it cannot prune.
@@ -93,6 +105,8 @@ def pruner(
         raise ValueError("fixed_strength needs steps in which gates can close; give at > 0, for example at=0.3.")
     if method == "small" and at > 0:
         raise ValueError(f"small starts with fresh weights, nothing is to be trained before; give at=0, not {at}.")
+    if widths is not None and method != "small":
+        raise ValueError(f"widths are given to {method}, which finds its own; only small takes them.")
     if method in ("fixed_strength", "torch_pruning") and not (latency is None and multiple == 1):
         raise ValueError(f"{method} knows neither multiples nor latency; leave multiple and latency out.")
     if method == "torch_pruning" and importlib.util.find_spec("torch_pruning") is None:
@@ -108,7 +122,7 @@ def pruner(
         "slimming": slimming,
         "taylor": partial(taylor, batches=measured_on, precision=precision),
         "random": partial(random, seed=seed),
-        "small": uniform_l1,
+        "small": uniform_l1 if widths is None else partial(as_wide_as, widths=widths),
         "torch_pruning": torch_pruning,
     }
 

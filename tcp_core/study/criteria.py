@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,42 @@ def uniform_l1(model: nn.Module, limits: Controller) -> Tensor:
         order = family.units[norm[family.units].argsort(descending=True, stable=True)]
         score[order] = 1 - torch.arange(len(order)).double() / len(order) - 1e-9 * position
     return score
+
+
+def as_wide_as(model: nn.Module, limits: Controller, *, widths: Mapping[str, int]) -> Tensor:
+    """Return which units stay so that layers are as wide as ``widths`` says by name, bool ``[units]``: of units that
+    the same layers count, the first.
+
+    Raises:
+        ValueError: if other layers are named, no choice of units gives these widths or more than one kind does, or the
+            network is over a bound.
+    """
+    channels = limits.channels
+    dense = channels.widths()
+    if differ := sorted(dense.keys() ^ widths.keys()):
+        raise ValueError(f"widths of other layers than the network's are given: {', '.join(differ)} in one only.")
+    counts = torch.zeros(len(channels.layers), channels.units, dtype=torch.float64)
+    for row, layer in zip(counts, channels.layers, strict=True):
+        counted = layer.out_units[layer.out_units >= 0]
+        row.index_add_(0, counted, torch.ones_like(counted, dtype=row.dtype))
+    always = torch.tensor([dense[layer.name] for layer in channels.layers]) - counts.sum(1)
+    wanted = torch.tensor([widths[layer.name] for layer in channels.layers]) - always
+    kinds, kind_of = counts.unique(dim=1, return_inverse=True)
+    if torch.linalg.matrix_rank(kinds) < kinds.any(0).sum():
+        raise ValueError("several choices of units give these widths, and they differ in what layers read.")
+    numbers = torch.linalg.lstsq(kinds, wanted[:, None], driver="gelsd").solution.flatten().round().long()
+    open_units = torch.ones(channels.units, dtype=torch.bool)
+    for kind, number in enumerate(numbers.tolist()):
+        units = (kind_of == kind).nonzero().flatten()
+        if kinds[:, kind].any():
+            open_units[units[max(number, 0) :]] = False
+    found = channels.widths(open_units)
+    if wrong := [f"{name} {found[name]} for {width}" for name, width in widths.items() if found[name] != width]:
+        raise ValueError(f"no units give these widths; the nearest found have {', '.join(wrong)}.")
+    cost = channels.cost(open_units)
+    if over := [f"{name} {cost[name]:,} > {bound:,.0f}" for name, bound in limits.bounds.items() if cost[name] > bound]:
+        raise ValueError(f"a network with these widths is over the budget: {', '.join(over)}.")
+    return open_units
 
 
 def global_l1(model: nn.Module, limits: Controller) -> Tensor:

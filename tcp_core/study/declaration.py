@@ -10,7 +10,8 @@ from . import results
 BUDGETS = ("macs", "params")
 PLACES = {"data": "the key `data` of the declaration and DATA=...", "out": "RUNS=..."}
 HOW = ("checkpoint_every", "workers", "tensorboard")  # results do not depend on them and do not record them
-NETWORK, LOCK = "network.safetensors", ".lock"
+NETWORK, WIDTHS, LOCK = "network.safetensors", "widths.csv", ".lock"
+STARTS = ("weights", "widths_of")  # parameters that may name another run
 
 
 class DeclarationError(ValueError):
@@ -27,7 +28,7 @@ class Run:
 
     key: `<experiment>/<what tells it from the others>`; declared: the values it was declared with; values: these and
     the notebook's defaults; params: what the notebook is given, with the places of this machine; folder: of its
-    results; needs: key of the run whose network it starts from, or None.
+    results; needs: key of the run whose network it starts from, or whose widths it has, or None.
     """
 
     key: str
@@ -36,6 +37,11 @@ class Run:
     params: dict
     folder: Path
     needs: str | None
+
+    @property
+    def needed_file(self) -> str:
+        """The file of the run in `needs` that this one reads."""
+        return WIDTHS if self.declared.get("widths_of") else NETWORK
 
     def is_done(self) -> bool:
         """Say whether its results are there."""
@@ -62,8 +68,8 @@ class Run:
             if name in HOW:
                 continue
             there = recorded.get(name, "nothing")
-            if name == "weights" and value:  # recorded as file and its folder, which is another one on each machine
-                value = "/".join(Path(self.params["weights"]).parts[-2:]) if self.needs else value.removeprefix("file:")
+            if name in STARTS and value:  # recorded as file and its folder, which is another one on each machine
+                value = "/".join(Path(self.params[name]).parts[-2:]) if self.needs else value.removeprefix("file:")
                 there = "/".join(str(there).split("/")[-len(value.split("/")) :])
             if there != value:
                 faults.append(
@@ -97,8 +103,9 @@ class Declaration:
         found = {key for key, run in self.runs.items() if not run.is_done() and key not in self.skipped}
         waiting = list(found)
         while waiting:
-            needed = self.runs[waiting.pop()].needs
-            if needed and needed not in found and not (self.runs[needed].folder / NETWORK).exists():
+            run = self.runs[waiting.pop()]
+            needed, file = run.needs, run.needed_file
+            if needed and needed not in found and not (self.runs[needed].folder / file).exists():
                 found.add(needed)
                 waiting.append(needed)
         return {key: run for key, run in self.runs.items() if key in found}

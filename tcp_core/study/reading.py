@@ -23,7 +23,7 @@ from ..datasets import images
 from ..tracing import trace
 from ..training import batches, evaluation
 from . import comparators, places
-from .declaration import BUDGETS, NETWORK, PLACES, Declaration, DeclarationError, Run, path_of, project_of
+from .declaration import BUDGETS, NETWORK, PLACES, STARTS, Declaration, DeclarationError, Run, path_of, project_of
 
 ALLOWED = {
     "method": ("tailored", "dense", *comparators.METHODS),
@@ -194,6 +194,8 @@ class _Reader:
             allowed = RANGES[name][0]
         elif name == "weights" and value not in ("", "published") and not value.startswith(("file:", "run:")):
             allowed = '"" (from scratch), "published", "file:<name in the folder WEIGHTS=...>" or "run:<key of a run>"'
+        elif name == "widths_of" and value and not value.startswith("run:"):
+            allowed = '"" (widths of its own) or "run:<key of a run>"'
         if allowed:
             self.say(key, f"{value!r} given; it must be {allowed}")
         return allowed is None
@@ -217,7 +219,7 @@ class _Reader:
             base = {budget: 0.0 for budget in BUDGETS if budget in self.defaults} | fixed | own
             named = {axis for axis in axes if isinstance(product[axis], list) or axis in ("network", "method")}
             for values in itertools.product(*axes.values()):
-                yield self.run(name, base | dict(zip(axes, values, strict=True)), named - {"weights"})
+                yield self.run(name, base | dict(zip(axes, values, strict=True)), named - {*STARTS})
 
     def run(self, experiment: str, declared: dict, named: set) -> Run:
         # in the notebook's order, so that a key does not depend on the order within the YAML file
@@ -226,11 +228,12 @@ class _Reader:
         if not re.fullmatch(r"[\w.+/-]+", key, re.ASCII) or key.count("/") > 1:
             self.say(key, "values of a grid name the run's folder; use letters, digits and . _ + - in them only")
         values = self.defaults | declared
-        if start := declared.get("weights"):
-            try:
-                declared["weights"] = values["weights"] = start.format(**values)
-            except (KeyError, IndexError, ValueError) as error:
-                self.say(key, f"weights {start!r}: {error} cannot be filled in; in braces stand names of parameters")
+        for name in STARTS:
+            if start := declared.get(name):
+                try:
+                    declared[name] = values[name] = start.format(**values)
+                except (KeyError, IndexError, ValueError) as error:
+                    self.say(key, f"{name} {start!r}: {error} cannot be filled in; in braces stand names of parameters")
         kind, _, place = declared.get("weights", "").partition(":")
         folder = self.folder / self.path.stem
         params = declared | {"out": str(folder / key)}
@@ -240,7 +243,10 @@ class _Reader:
             params["weights"] = str((self.weights or Path("WEIGHTS")) / place)
         elif kind == "run":
             params["weights"] = str(folder / place / NETWORK)
-        return Run(key, declared, values, params, folder / key, place if kind == "run" else None)
+        needs = place if kind == "run" else None
+        if of := declared.get("widths_of", "").removeprefix("run:"):
+            params["widths_of"], needs = str(folder / of), of
+        return Run(key, declared, values, params, folder / key, needs)
 
     def check(self, run: Run, runs: dict[str, Run]) -> None:
         """Collect what is wrong with a run beside its single values."""
@@ -249,14 +255,21 @@ class _Reader:
             self.say(run.key, f"{given}; dense takes no macs and params, every other method one of them or both")
         for text in self.contradictions(run.values):
             self.say(run.key, text)
+        name = "widths_of" if run.declared.get("widths_of") else "weights"
         start, seen = run, set()
         while start.needs and start.needs in runs and start.key not in seen:
             seen.add(start.key)
             start = runs[start.needs]
         if start.key in seen:
-            self.say(run.key, f"weights: 'run:{run.needs}' leads in a circle")
+            self.say(run.key, f"{name}: 'run:{run.needs}' leads in a circle")
         elif run.needs and run.needs not in runs:
-            self.say(run.key, f"weights: there is no run {run.needs!r}{_nearest(run.needs, runs)}")
+            self.say(run.key, f"{name}: there is no run {run.needs!r}{_nearest(run.needs, runs)}")
+        elif name == "widths_of":
+            other = runs[run.needs]
+            if any(other.values.get(each) != run.values.get(each) for each in ("network", *BUDGETS)):
+                own = f"one of {run.values.get('network')} with {run.budget() or 'no budget'} is needed"
+                given = f"{other.values.get('network')} with {other.budget() or 'no budget'}"
+                self.say(run.key, f"widths_of: 'run:{run.needs}' is of {given}; {own}")
         elif run.needs:
             network, method = (runs[run.needs].values.get(name) for name in ("network", "method"))
             if network != run.values.get("network") or method not in ("dense", None):
@@ -287,6 +300,10 @@ class _Reader:
             yield "skip_corrupt=True and workers=0 given; images held in memory must all be readable, or give workers"
         if values.get("sync_batch_norm") and values.get("processes") == 1:
             yield "sync_batch_norm=True and processes=1 given; one process has nothing to synchronise with"
+        if values.get("widths_of") and values.get("method") != "small":
+            yield f"widths_of and method {values.get('method')} given; only small takes the widths of another run"
+        if values.get("widths_of") and values.get("weights"):
+            yield "widths_of and weights given; a network with the widths of another run starts with fresh weights"
         if values.get("weights") == "published" and not network.startswith("imagenet_"):
             yield f"weights: there are none published for {network}, but for the networks imagenet_*"
 

@@ -99,6 +99,18 @@ def is_done(out: str | Path) -> bool:
     return (Path(out) / "metrics.json").exists()
 
 
+def read_widths(out: str | Path) -> dict[str, int]:
+    """Return the widths that the run in folder `out` ended with: output channels by layer.
+
+    Raises `FileNotFoundError` if it is no finished run with a budget.
+    """
+    path = Path(out) / "widths.csv"
+    if not is_done(out) or not path.exists():
+        raise FileNotFoundError(f"there is no finished run with widths in {out}.")
+    widths = pd.read_csv(path).set_index("layer")["tailored"]
+    return {str(layer): int(width) for layer, width in widths.items()}
+
+
 def read_runs(root: str | Path) -> pd.DataFrame:
     """Return one data frame of all finished runs below `root`, one row per run, sorted by folder.
 

@@ -29,7 +29,7 @@ IF_CHANGED = (
     *("warmup", "label_smoothing", "mixing", "accumulate"),
     *("processes", "sync_batch_norm", "skip_corrupt"),
 )
-OF_COMPARATORS = ("prune_at", "restart")
+OF_COMPARATORS = ("prune_at", "restart", "widths_of")
 OF_CONTROLLER = ("phase_start", "phase_end")
 OF_BOTH = ("multiple",)
 WORDS = {
@@ -37,6 +37,7 @@ WORDS = {
     "phase_end": lambda share: f"to {100 * share:g} % of the run",
     "prune_at": lambda share: f"pruned after {100 * share:g} % of the run",
     "restart": lambda _: "learning rate restarted then",
+    "widths_of": lambda run: f"with the widths of {METHODS.get(run.split('/')[-1].split('-')[0], run)}",
     "multiple": lambda size: f"widths in multiples of {size:g}" if size else "widths that kernels like",
 }
 SAYS_NOTHING = ("seed", "threads", "out", "read_test", "checkpoint_every", "workers", "tensorboard")
