@@ -50,6 +50,10 @@ rule run:
         "OMP_NUM_THREADS={threads} {params.command}"
 
 
+onstart:
+    print(table(study, cores=cores))
+
+
 onsuccess:
     print(table(study, cores=cores))
 

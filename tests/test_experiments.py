@@ -192,6 +192,17 @@ def test_runs_with_threads_and_runs_that_wait_take_longer(project):
     assert left(declaration, cores=8) == "about 2 min"
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+def test_runs_in_a_precision_that_is_slow_here_are_told(project, kernels, monkeypatch):
+    monkeypatch.setattr("tcp_core.training.evaluation.has_bf16_kernels", lambda device: kernels)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    declaration = read(project(declared(fixed="{precision: bf16}")), budgets=False)
+    said = experiments.table(declaration, cores=1)
+    assert ("slow: precision='bf16' on this CPU" in said) is not kernels
+    finished(declaration.runs["a/macs0.5"])
+    assert "slow:" not in experiments.table(declaration, cores=1)
+
+
 # What a declaration stands for
 
 

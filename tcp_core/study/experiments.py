@@ -20,8 +20,10 @@ from typing import TextIO
 
 import papermill
 import psutil
+import torch
 from jupyter_client import AsyncKernelManager
 
+from ..training.evaluation import slow_here
 from . import estimate
 from .declaration import LOCK, Declaration, DeclarationError, Run, path_of
 from .reading import read
@@ -115,6 +117,9 @@ def table(declaration: Declaration, *, cores: int = 1) -> str:
     width = max(len(row[0]) for row in rows)
     lines = [f"{row[0]:{width}}  " + "  ".join(f"{cell:>7}" for cell in row[1:5]) + f"  {row[5]}" for row in rows]
     lines += [f"not at hand: {text}" for text in declaration.missing]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precisions = sorted({run.values.get("precision", "fp32") for run in declaration.todo().values()})
+    lines += [f"slow: {said}" for precision in precisions if (said := slow_here(precision, device))]
     reasons = list(declaration.skipped.values())
     return "\n".join([*lines, *(f"skipped: {reasons.count(why)} runs, {why}" for why in dict.fromkeys(reasons))])
 

@@ -88,12 +88,18 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Raise ValueError unless ``precision`` is one of `PRECISIONS`; warn where the device is slow at it."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}; it must be one of {', '.join(PRECISIONS)}.")
-    if precision == "bf16" and not has_bf16_kernels(device):
-        warnings.warn(
-            f"precision='bf16' on this CPU ({device_name(device)}): torch has no bf16 kernels for it and goes "
-            "through a reference loop, about ten times slower than precision='fp32'. Use fp32 here.",
-            stacklevel=3,
-        )
+    if said := slow_here(precision, device):
+        warnings.warn(said, stacklevel=3)
+
+
+def slow_here(precision: str, device: torch.device) -> str | None:
+    """Return what there is to say against this precision on this device; None: nothing."""
+    if precision != "bf16" or has_bf16_kernels(device):
+        return None
+    return (
+        f"precision='bf16' on this CPU ({device_name(device)}): torch has no bf16 kernels for it and goes through a "
+        "reference loop, about ten times slower than precision='fp32'. Use fp32 here."
+    )
 
 
 def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:

@@ -1,0 +1,83 @@
+"""What widths in multiples cost in accuracy, and what they bring in time, at the same macs.
+
+On images at half resolution, from published CIFAR-10 weights that are trained on with them first, once. Each network is
+timed beside the dense one. Rows that are there are not run again.
+
+    python benchmarks/multiples.py --data cifar10-jpeg --weights weights --out results/benchmarks/multiples.json
+"""
+
+import argparse
+import copy
+import itertools
+import json
+from pathlib import Path
+
+import torch
+from same_latency import RECIPE, halves, written
+
+import tcp_core as tcp
+from tcp_core import nets
+from tcp_core.study.results import environment
+
+PLACES = [(backend, batch) for backend in ("onnxruntime", "torch") for batch in (1, 64)]
+
+
+def main() -> None:
+    """Run what is not in the output yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of images, such as cifar10-jpeg")
+    parser.add_argument("--weights", type=Path, required=True, help="folder with <network>-cifar10.safetensors")
+    parser.add_argument("--network", default="resnet56", choices=list(nets.NETWORKS))
+    parser.add_argument("--macs", nargs="+", type=float, default=[0.5])
+    parser.add_argument("--multiples", nargs="+", type=int, default=[1, 8, 16, 4])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--start-epochs", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("build/multiples"), help="the networks that runs start from")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    train, val = halves(options.data)
+    model = started(options, train, val)
+    for macs, seed, multiple in itertools.product(options.macs, options.seeds, options.multiples):
+        key = {"network": options.network, "macs": macs, "multiple": multiple, "seed": seed, "epochs": options.epochs}
+        if any(key.items() <= row.items() for row in written(options.out)["rows"]):
+            continue
+        how = {"epochs": options.epochs, "lr": 0.04, "seed": seed, "precision": options.precision, **RECIPE}
+        result = tcp.fit(copy.deepcopy(model), train, val, budget={"macs": macs}, multiple=multiple, **how)
+        last, report = result.history.iloc[-1], result.report
+        row = key | {"start_epochs": options.start_epochs, "precision": options.precision}
+        row |= {"train_loss": float(last["train_loss"]), "val_accuracy": float(last["val_accuracy"])}
+        row |= {"utilisation": report["utilisation"]["macs"], "widths": result.widths["tailored"].tolist()}
+        row["timings"] = list(timings(result.model, model, train.pixels[:2].float()))
+        print(json.dumps(row), flush=True)
+        content = written(options.out)
+        content["rows"].append(row)
+        content |= environment("cpu") | {"recipe": RECIPE}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def started(options: argparse.Namespace, train, val) -> torch.nn.Module:
+    """Return the network that all runs start from."""
+    start = options.work / f"{options.network}-{options.start_epochs}-epochs.pt"
+    model = nets.build(options.network, num_classes=len(train.classes))
+    if not start.exists():
+        nets.load_weights(model, options.weights / f"{options.network}-cifar10.safetensors")
+        how = {"epochs": options.start_epochs, "lr": 0.04, "precision": options.precision, **RECIPE}
+        start.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tcp.fit(model, train, val, **how).model.state_dict(), start)
+    model.load_state_dict(torch.load(start, weights_only=True))
+    return model
+
+
+def timings(small, dense, example: torch.Tensor):
+    """Yield, for each place, milliseconds of both networks, measured side by side, and their larger spread."""
+    for backend, batch in PLACES:
+        ours, whole = tcp.Latency(backend, batch=batch, threads=1, noise=1.0).timings([small, dense], example)
+        spread = max(ours.spread, whole.spread)
+        yield {"backend": backend, "batch": batch, "ms": ours.ms, "dense_ms": whole.ms, "spread": spread}
+
+
+if __name__ == "__main__":
+    main()
