@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import tcp_core as tcp
 from tcp_core import nets
 from tcp_core.controller import Controller
 from tcp_core.cost import Budget
+from tcp_core.latency import clock as clocks
 from tcp_core.latency import table as tables
 from tcp_core.latency.clock import of, timed
 from tcp_core.latency.model import Grids
@@ -599,6 +601,20 @@ def test_medians_of_minima():
     first, second = timed([lambda: calls.append(1), lambda: calls.append(2)], seconds=0.01, rounds=3)
     assert first.ms > 0 < second.ms
     assert {1, 2} == set(calls)
+
+
+@pytest.mark.parametrize(("noise", "rounds"), [(0.0, 3), (0.03, 3), (0.3, 7)])
+def test_long_calls_are_few_where_they_agree(noise, rounds, monkeypatch):
+    now, calls = [0.0], [0]
+    monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def call():
+        calls[0] += 1
+        now[0] += 10.0 * (1 + noise * (calls[0] % 2))
+
+    (found,) = timed([call], seconds=1.0)
+    assert calls[0] == 2 + rounds
+    assert found.ms == pytest.approx(10_000, rel=noise + 1e-9)
 
 
 def test_budgets_of_latency_are_compared_in_milliseconds():

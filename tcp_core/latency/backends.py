@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hardware import device_name
-from .clock import LatencyError, Timing, of, timed
+from .clock import ROUNDS, LatencyError, Timing, of, timed
 
 Job = tuple[nn.Module, tuple[Tensor, ...]]
 """A module in eval mode, and the inputs that it is called with."""
@@ -49,10 +49,10 @@ class Torch:
         """Return what a table of measurements depends on."""
         return {"backend": f"torch {torch.__version__}", "device": device_name(self.device)}
 
-    def measure(self, jobs: Sequence[Job], seconds: float) -> list[Timing]:
+    def measure(self, jobs: Sequence[Job], seconds: float, rounds: int = ROUNDS) -> list[Timing]:
         """Return the time of one forward pass of each, interleaved."""
         with torch.no_grad(), _threads(self.threads):
-            return timed([self.ready(module, inputs) for module, inputs in jobs], seconds=seconds)
+            return timed([self.ready(module, inputs) for module, inputs in jobs], seconds=seconds, rounds=rounds)
 
     def ready(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
         """Return what runs the module once."""
@@ -83,14 +83,15 @@ class Compiled(Torch):
         """Return what a table of measurements depends on."""
         return {"backend": f"torch.compile {torch.__version__}", "device": device_name(self.device)}
 
-    def measure(self, jobs: Sequence[Job], seconds: float) -> list[Timing]:
+    def measure(self, jobs: Sequence[Job], seconds: float, rounds: int = ROUNDS) -> list[Timing]:
         """Return the time of one forward pass of each, interleaved."""
         if all(isinstance(module, SINGLE) for module, _ in jobs):
-            return super().measure(jobs, seconds)
+            return super().measure(jobs, seconds, rounds)
         torch._dynamo.reset()  # each network is a new one; the compiler would give up after eight
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return super().measure([(torch.compile(module, dynamic=False), inputs) for module, inputs in jobs], seconds)
+            compiled = [(torch.compile(module, dynamic=False), inputs) for module, inputs in jobs]
+            return super().measure(compiled, seconds, rounds)
 
     def ready(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
         """Return what runs the module once, compiled already."""
@@ -128,9 +129,9 @@ class OnnxRuntime:
         device = "cuda" if self.provider in ("CUDA", "Tensorrt") and torch.cuda.is_available() else "cpu"
         return {"backend": f"onnxruntime {version} {self.provider}", "device": device_name(device)}
 
-    def measure(self, jobs: Sequence[Job], seconds: float) -> list[Timing]:
+    def measure(self, jobs: Sequence[Job], seconds: float, rounds: int = ROUNDS) -> list[Timing]:
         """Return the time of one run of each session, interleaved."""
-        return timed([self.ready(module, inputs) for module, inputs in jobs], seconds=seconds)
+        return timed([self.ready(module, inputs) for module, inputs in jobs], seconds=seconds, rounds=rounds)
 
     def ready(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
         """Return what runs the module's session once, inputs and outputs in main memory."""
@@ -174,8 +175,8 @@ class Asked:
             "device": "its own",
         }
 
-    def measure(self, jobs: Sequence[Job], seconds: float) -> list[Timing]:
-        """Return what it answers, the median of three."""
+    def measure(self, jobs: Sequence[Job], seconds: float, rounds: int = ROUNDS) -> list[Timing]:
+        """Return what it answers, the median of three; it takes its own time."""
         answers = [[self._once(*job) for job in jobs] for _ in range(3)]
         return [of(samples) for samples in zip(*answers, strict=True)]
 

@@ -7,6 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+ROUNDS = 7
+"""How often networks take turns."""
+
+AGREE = 0.05
+"""Spread up to which a few rounds are enough, where calls are so long that more would take minutes."""
+
 
 class LatencyError(RuntimeError):
     """Latency cannot be measured here, or not well enough; the message says what to do."""
@@ -20,22 +26,23 @@ class Timing(NamedTuple):
     least: float
 
 
-def timed(runs: Sequence[Callable[[], None]], *, seconds: float = 1.0, rounds: int = 7) -> list[Timing]:
+def timed(runs: Sequence[Callable[[], None]], *, seconds: float = 1.0, rounds: int = ROUNDS) -> list[Timing]:
     """Return the time of one call of each of ``runs``, which take turns so that other load hits them alike.
 
     Medians of minima: each round keeps the fastest of a few calls, for whatever else runs can only add; the median over
     rounds is reported, and as spread the distance of their quartiles over it. ``seconds`` is about what all of it
-    takes, if the calls do not take longer.
+    takes, if the calls do not take longer: then three rounds of one call each will do where they agree.
     """
-    for run in runs:
-        run()  # the first call allocates and chooses kernels
+    for run in [*runs, *runs]:
+        run()  # the first call chooses kernels, the second allocates by what the first one used
     share = seconds / rounds / len(runs)
     minima: list[list[float]] = []
     started = time.perf_counter()
     while len(minima) < rounds:
         minima.append([_fastest(run, share) for run in runs])
-        if time.perf_counter() - started > 3 * seconds and len(minima) >= 3:
-            break  # calls so long that a round is one call of each
+        late = time.perf_counter() - started > 3 * seconds and len(minima) >= 3
+        if late and all(of(samples).spread <= AGREE for samples in zip(*minima, strict=True)):
+            break
     return [of(samples) for samples in zip(*minima, strict=True)]
 
 

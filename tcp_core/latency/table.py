@@ -172,7 +172,7 @@ def fill_in(table: Table, calls: Sequence[LayerCall], backend, batch: int, progr
 
     def ms(call: LayerCall, inputs: int, outputs: int) -> float:
         # The least, not the median: a layer is so short that some calls are not interrupted on any machine.
-        return backend.measure([call.job(inputs, outputs, batch)], 0.02)[0].least
+        return backend.measure([call.job(inputs, outputs, batch)], 0.02, rounds=3)[0].least
 
     if not table.steps:
         table.steps = _steps(backend)
