@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--start-epochs", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=64, help="at which latency is measured")
     parser.add_argument("--work", type=Path, default=Path("build/same_latency"), help="trained networks and tables")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -46,15 +47,22 @@ def main() -> None:
     model = started(options, train, val)
     example = train.pixels[:2].float()
     channels = tcp.trace(model, example)
-    table = options.work / f"{options.network}-table.json"
-    place = tcp.Latency("onnxruntime", batch=1, threads=1, table=table, seconds=5.0, noise=0.3, progress=False)
+    table = options.work / f"{options.network}-{options.batch}.json"
+    place = tcp.Latency(
+        "onnxruntime", batch=options.batch, threads=1, table=table, seconds=5.0, noise=0.3, progress=False
+    )
     for share, seed, method in itertools.product(options.shares, options.seeds, METHODS):
         key = {"network": options.network, "method": method, "latency": share, "seed": seed, "epochs": options.epochs}
         if any(key.items() <= row.items() for row in written(options.out)["rows"]):
             continue
         row, small = run(model, channels, place, train, val, key, options.precision)
         timing, dense = place.timings([small, model], example)
-        row |= {"ms": timing.ms, "dense_ms": dense.ms, "spread": max(timing.spread, dense.spread)}
+        row |= {
+            "batch": options.batch,
+            "ms": timing.ms,
+            "dense_ms": dense.ms,
+            "spread": max(timing.spread, dense.spread),
+        }
         print(json.dumps({name: value for name, value in row.items() if name != "history"}), flush=True)
         content = written(options.out)
         content["rows"].append(row | {"start_epochs": options.start_epochs, "precision": options.precision})
@@ -111,6 +119,7 @@ def run(
     last = result.history.iloc[-1]
     row = key | more | {"train_loss": float(last["train_loss"]), "val_accuracy": float(last["val_accuracy"])}
     row |= {"macs_share": float(last["macs"]) / channels.cost()["macs"], "widths": result.widths["tailored"].tolist()}
+    row["multiple"] = result.report.get("multiple")
     return row | {"history": result.history[["epoch", "train_loss", "val_accuracy"]].to_dict("list")}, result.model
 
 

@@ -298,8 +298,32 @@ def test_steps_are_found(step):
     for widths in (range(1, 65), range(18, 66, 2)):
         times = {w: 0.1 + up(w, step) * (1 + 0.002 * noise.normal()) for w in widths}
         assert step_in(times) == step
+        left = {w: t * (1.5 if w % 4 else 1.0) for w, t in times.items()}  # a kernel of their own at other widths
+        assert step_in(left) == max(step, 4)
     assert step_in({1: 1.0}) == 1
     assert step_in({w: 1 + 1e-4 * w for w in range(1, 65)}) == 1  # no difference that could be told
+
+
+def test_steps_hidden_by_noise_are_looked_for_again():
+    trials = []
+
+    class Noisy:
+        def measure(self, jobs, seconds):
+            trials.append(len(jobs))
+            noisy = 5.0 if len(trials) == 1 else 0.0
+            generator = np.random.default_rng(len(trials))
+            times = [up(m.in_channels) * up(m.out_channels) * (1 + noisy * generator.random()) for m, _ in jobs]
+            return [clocks.Timing(t, 0.0, t) for t in times]
+
+    assert tables._steps(Noisy()) == {"in": 8, "out": 8}
+    assert len(trials) <= 8
+
+    class Smooth:
+        def measure(self, jobs, seconds):
+            times = [float(m.in_channels * m.out_channels) for m, _ in jobs]
+            return [clocks.Timing(t, 0.0, t) for t in times]
+
+    assert tables._steps(Smooth()) == {"in": 1, "out": 1}
 
 
 @pytest.mark.parametrize("step", [4, 8, 16])

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..channels import Channels
 from ..cost import CostBuilder, CostModel
+from ..preparing import LIKED
 from ..removal import remove
 from .backends import backend_of
 from .clock import LatencyError, Timing
@@ -110,8 +111,8 @@ class Latency:
         return self._by_macs(channels, calls, *fitted, measure)
 
     def likes(self, cost: LatencyCost | None = None) -> tuple[int, ...]:
-        """Return the multiples that widths should be, largest first: the steps measured here, what divides them, and 1
-        for networks too small for them.
+        """Return the multiples that widths should be, largest first: the steps measured here or those that most kernels
+        like, whichever are larger, what divides them, and 1 for networks too small for them.
 
         Without ``cost``, of a backend that times layers, from a common convolution.
         """
@@ -120,7 +121,7 @@ class Latency:
             steps = self.table.steps.values()
         else:
             steps = cost.grids.steps
-        return *(step for step in STEPS if 4 <= step <= max(steps)), 1
+        return *(step for step in STEPS if 4 <= step <= max(*steps, *LIKED)), 1
 
     def _filled(self, calls: Sequence[LayerCall]) -> Table:
         fill_in(self.table, calls, self.backend, self.batch, self.progress)
