@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hardware import device_name
-from .clock import ROUNDS, LatencyError, Timing, of, timed
+from .clock import ROUNDS, LatencyError, Timing, side_by_side, timed
 
 Job = tuple[nn.Module, tuple[Tensor, ...]]
 """A module in eval mode, and the inputs that it is called with."""
@@ -177,8 +177,7 @@ class Asked:
 
     def measure(self, jobs: Sequence[Job], seconds: float, rounds: int = ROUNDS) -> list[Timing]:
         """Return what it answers, the median of three; it takes its own time."""
-        answers = [[self._once(*job) for job in jobs] for _ in range(3)]
-        return [of(samples) for samples in zip(*answers, strict=True)]
+        return side_by_side([[self._once(*job) for job in jobs] for _ in range(3)])
 
     def _once(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> float:
         with torch.no_grad():

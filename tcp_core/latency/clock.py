@@ -19,18 +19,24 @@ class LatencyError(RuntimeError):
 
 
 class Timing(NamedTuple):
-    """Milliseconds, how far apart repeated measurements of it were, as a fraction of it, and the least of them."""
+    """Milliseconds of a network.
+
+    spread: how far apart repeated measurements were, as a fraction: of the ratio to each network that took turns with
+    it, the largest; of the milliseconds where it was alone. least: of the milliseconds. drift: how far apart these
+    were by themselves, which a machine that slows down and speeds up makes larger than the spread.
+    """
 
     ms: float
     spread: float
     least: float
+    drift: float = 0.0
 
 
 def timed(runs: Sequence[Callable[[], None]], *, seconds: float = 1.0, rounds: int = ROUNDS) -> list[Timing]:
     """Return the time of one call of each of ``runs``, which take turns so that other load hits them alike.
 
     Medians of minima: each round keeps the fastest of a few calls, for whatever else runs can only add; the median over
-    rounds is reported, and as spread the distance of their quartiles over it. ``seconds`` is about what all of it
+    rounds is reported, and as spread the distance of the quartiles. ``seconds`` is about what all of it
     takes, if the calls do not take longer: then three rounds of one call each will do where they agree.
     """
     for run in [*runs, *runs]:
@@ -41,16 +47,28 @@ def timed(runs: Sequence[Callable[[], None]], *, seconds: float = 1.0, rounds: i
     while len(minima) < rounds:
         minima.append([_fastest(run, share) for run in runs])
         late = time.perf_counter() - started > 3 * seconds and len(minima) >= 3
-        if late and all(of(samples).spread <= AGREE for samples in zip(*minima, strict=True)):
+        if late and all(timing.spread <= AGREE for timing in side_by_side(minima)):
             break
-    return [of(samples) for samples in zip(*minima, strict=True)]
+    return side_by_side(minima)
 
 
-def of(samples: Sequence[float]) -> Timing:
-    """Return the median of ``samples`` (milliseconds) with their spread."""
-    middle = statistics.median(samples)
-    low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else (middle,) * 3
-    return Timing(middle, (high - low) / middle, min(samples))
+def side_by_side(rounds: Sequence[Sequence[float]]) -> list[Timing]:
+    """Return the timing of each network from milliseconds, [rounds, networks]."""
+    samples = list(zip(*rounds, strict=True))
+    found = []
+    for own in samples:
+        ratios = [_apart([a / b for a, b in zip(own, other, strict=True)]) for other in samples if other is not own]
+        drift = _apart(own)
+        found.append(Timing(statistics.median(own), max(ratios, default=drift), min(own), drift))
+    return found
+
+
+def _apart(samples: Sequence[float]) -> float:
+    """Return the distance of the quartiles over the median."""
+    if len(samples) == 1:
+        return 0.0
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return (high - low) / middle
 
 
 def _fastest(run: Callable[[], None], seconds: float) -> float:

@@ -98,9 +98,18 @@ class LatencyCost:
             timing, dense = self._measure(smallest)
             if (spread := max(timing.spread, dense.spread)) > self.noise:
                 raise LatencyError(
-                    f"this machine is too noisy to measure latency: the quartiles of repeated measurements of one "
-                    f"network ({dense.ms:.3g} ms) are {spread:.1%} apart, more than noise={self.noise:.0%}. End other "
-                    f"work on it, or give Latency(..., seconds=...) more time or a larger noise."
+                    f"this machine is too noisy to measure latency: the quartiles of repeated measurements of the "
+                    f"dense network ({dense.ms:.3g} ms) and the smallest are {spread:.1%} apart, more than "
+                    f"noise={self.noise:.0%}. End other work on it, or give Latency(..., seconds=...) more time or a "
+                    f"larger noise."
+                )
+            if dense.drift > self.noise:
+                warnings.warn(
+                    f"the machine's own speed changes: repeated measurements of the dense network ({dense.ms:.3g} ms) "
+                    f"are {dense.drift:.1%} apart. Networks beside each other can be compared, so a share of the dense "
+                    f"latency will hold; milliseconds are as this machine was now.",
+                    RuntimeWarning,
+                    stacklevel=2,
                 )
             known = {"dense": dense.ms, "smallest": timing.ms}
         self.calibration = dict(known)
@@ -166,7 +175,7 @@ class LatencyCost:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return Timing(timing.ms * drift, spread, timing.least * drift)
+        return Timing(timing.ms * drift, spread, timing.least * drift, timing.drift)
 
     def agree(self, open_units: Tensor, ms: float) -> None:
         """Have the model say of ``open_units`` what was measured, and of all others in proportion."""
