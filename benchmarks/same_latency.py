@@ -32,7 +32,7 @@ RECIPE = {"batch_size": 128, "augment": "crop_flip"}
 def main() -> None:
     """Run what is not in the output yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of images, such as cifar10-jpeg")
+    parser.add_argument("--data", type=Path, help="folder of images, such as cifar10-jpeg")
     parser.add_argument("--network", default="resnet20", choices=list(nets.NETWORKS))
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.6, 0.4], help="of the dense network's latency")
@@ -42,14 +42,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="at which latency is measured")
     parser.add_argument("--work", type=Path, default=Path("build/same_latency"), help="trained networks and tables")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--show", action="store_true", help="print what there is as a table, run nothing")
     options = parser.parse_args()
+    if options.show:
+        print(table(written(options.out)["rows"]))
+        return
+    if options.data is None:
+        parser.error("--data is needed: the folder of images")
     train, val = halves(options.data)
     model = started(options, train, val)
     example = train.pixels[:2].float()
     channels = tcp.trace(model, example)
-    table = options.work / f"{options.network}-{options.batch}.json"
+    file = options.work / f"{options.network}-{options.batch}.json"
     place = tcp.Latency(
-        "onnxruntime", batch=options.batch, threads=1, table=table, seconds=5.0, noise=0.3, progress=False
+        "onnxruntime", batch=options.batch, threads=1, table=file, seconds=5.0, noise=0.3, progress=False
     )
     for share, seed, method in itertools.product(options.shares, options.seeds, METHODS):
         key = {"network": options.network, "method": method, "latency": share, "seed": seed, "epochs": options.epochs}
@@ -74,6 +80,28 @@ def main() -> None:
 def written(out: Path) -> dict:
     """Return what is in the output by now."""
     return json.loads(out.read_text()) if out.exists() else {"rows": []}
+
+
+def table(rows: list[dict]) -> str:
+    """Return the rows as a table in Markdown: training loss / validation accuracy of each seed."""
+    seeds = sorted({row["seed"] for row in rows})
+    head = ["network", "latency", "method", *(f"seed {seed}: loss / accuracy, macs, latency" for seed in seeds)]
+    lines = [f"| {' | '.join(head)} |", "| --- | --: | --- |" + " --- |" * len(seeds)]
+    for network, share in dict.fromkeys((row["network"], row["latency"]) for row in rows):
+        for method in METHODS:
+            key = {"network": network, "latency": share, "method": method}
+            found = {row["seed"]: row for row in rows if key.items() <= row.items()}
+            if found:
+                cells = [_cell(found.get(seed)) for seed in seeds]
+                lines.append(f"| {' | '.join([network, f'{share:.0%}', method, *cells])} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return "-"
+    said = f"{row['train_loss']:.3f} / {row['val_accuracy']:.1%}, {row['macs_share']:.1%}"
+    return f"{said}, {row['ms'] / row['dense_ms']:.1%}"
 
 
 def halves(root: Path) -> list:
