@@ -710,15 +710,6 @@ def between(page, start):
     return page.partition(f"<!-- {start} -->\n")[2].partition("\n<!-- end -->")[0]
 
 
-def test_the_page_has_the_table_of_accuracy_at_the_same_latency():
-    rows = json.loads((ROOT / "results" / "benchmarks" / "same_latency.json").read_text())["rows"]
-    page = (ROOT / "docs" / "latency.md").read_text()
-    assert between(page, "same latency") == script("same_latency").table(rows)
-    assert all(row["ms"] / row["dense_ms"] <= row["latency"] * (1 + row["spread"]) for row in rows)
-    # a macs budget is compared with a latency budget only where it came out as slow
-    assert all(row["ms"] / row["dense_ms"] > 0.9 * row["latency"] for row in rows)
-
-
 def test_the_page_has_the_table_of_the_benchmark():
     benchmark = script("latency_budget")
     rows = json.loads((ROOT / "results" / "benchmarks" / "latency_budget.json").read_text())["rows"]
