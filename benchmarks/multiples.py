@@ -13,11 +13,10 @@ import json
 from pathlib import Path
 
 import torch
-from same_latency import RECIPE, halves, written
+from same_latency import RECIPE, add, halves, written
 
 import tcp_core as tcp
 from tcp_core import nets
-from tcp_core.study.results import environment
 
 PLACES = [(backend, batch) for backend in ("onnxruntime", "torch") for batch in (1, 64)]
 
@@ -51,11 +50,7 @@ def main() -> None:
         row |= {"utilisation": report["utilisation"]["macs"], "widths": result.widths["tailored"].tolist()}
         row["timings"] = list(timings(result.model, model, train.pixels[:2].float()))
         print(json.dumps(row), flush=True)
-        content = written(options.out)
-        content["rows"].append(row)
-        content |= environment("cpu") | {"recipe": RECIPE}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
+        add(options.out, row)
 
 
 def started(options: argparse.Namespace, train, val) -> torch.nn.Module:

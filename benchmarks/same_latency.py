@@ -70,16 +70,21 @@ def main() -> None:
             "spread": max(timing.spread, dense.spread),
         }
         print(json.dumps({name: value for name, value in row.items() if name != "history"}), flush=True)
-        content = written(options.out)
-        content["rows"].append(row | {"start_epochs": options.start_epochs, "precision": options.precision})
-        content |= environment("cpu") | {"recipe": RECIPE}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
+        add(options.out, row | {"start_epochs": options.start_epochs, "precision": options.precision})
 
 
 def written(out: Path) -> dict:
     """Return what is in the output by now."""
     return json.loads(out.read_text()) if out.exists() else {"rows": []}
+
+
+def add(out: Path, row: dict) -> None:
+    """Add a row to the output, and say what it was run with."""
+    content = written(out)
+    content["rows"].append(row)
+    content |= environment("cpu") | {"recipe": RECIPE}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def table(rows: list[dict]) -> str:

@@ -557,14 +557,14 @@ def test_a_machine_that_becomes_noisy_is_warned_of_and_the_run_goes_on():
     generator, quiet = np.random.default_rng(0), [True]
 
     def clock(network):
-        return of_network(network) * (1 if quiet[0] else generator.uniform(0.7, 1.0))
+        return of_network(network) * (1 if quiet[0] else generator.uniform(0.4, 1.0))
 
     tailor = tailored(clock, {"latency": 0.9})
     quiet[0] = False
     with pytest.warns(RuntimeWarning, match=r"noisy now: .* are \d+\.\d% apart, more than noise=10%"):
         trained(tailor, 60)
     assert tailor.frozen
-    assert tailor.report()["measured"]["spread"] > 0
+    assert tailor.report()["measured"]["spread"] > 0.1
 
 
 def test_any_networks_can_be_timed_side_by_side():
