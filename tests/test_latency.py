@@ -648,6 +648,44 @@ def test_networks_that_take_turns_are_compared_with_each_other():
     assert first.drift == 0 < first.spread  # the largest of the ratios
 
 
+def test_medians_are_to_each_other_as_the_ratio_is_whatever_the_machine_does():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        speed = np.exp(generator.normal(0, 1, 7))[:, None]
+        rounds = (speed * [3.0, 1.0] * np.exp(generator.normal(0, 0.01, (7, 2)))).tolist()
+        slow, quick = clocks.side_by_side(rounds)
+        assert slow.ms / quick.ms == pytest.approx(float(np.median([a / b for a, b in rounds])))
+        assert slow.drift > 10 * slow.spread
+
+
+def test_networks_that_disagree_are_measured_more_often_and_known_the_better():
+    generator = np.random.default_rng(0)
+    now, calls = [0.0], [0]
+
+    def run(ms, noise):
+        def call():
+            calls[0] += 1
+            now[0] += ms / 1000 * float(np.exp(generator.normal(0, noise)))
+
+        return call
+
+    def found(noise, patience):
+        calls[0] = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+            return timed([run(2000.0, noise), run(1000.0, noise)], seconds=1.0, patience=patience)
+
+    found(0.001, 4)
+    assert calls[0] == 2 * (2 + 3)  # warmed up twice, three rounds
+    most = {patience: max(found(0.2, patience) and calls[0] for _ in range(10)) for patience in (1, 4)}
+    assert most == {1: 2 * (2 + 7), 4: 2 * (2 + 28)}
+    off = [[abs(a.ms / b.ms / 2 - 1) for a, b in (found(0.2, patience) for _ in range(100))] for patience in (1, 4)]
+    assert np.mean(off[1]) < 0.75 * np.mean(off[0])  # about half with four times as many, but that few agree by chance
+    rounds = np.exp(generator.normal(0, 0.2, (28, 2)))
+    few, many = (clocks.side_by_side(rounds[:count].tolist())[0].spread for count in (7, 28))
+    assert many < 0.75 * few
+
+
 def test_medians_of_minima():
     calls = []
     first, second = timed([lambda: calls.append(1), lambda: calls.append(2)], seconds=0.01, rounds=3)

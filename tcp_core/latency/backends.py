@@ -49,10 +49,15 @@ class Torch:
         """Return what a table of measurements depends on."""
         return {"backend": f"torch {torch.__version__}", "device": device_name(self.device)}
 
-    def measure(self, jobs: Sequence[Job], seconds: float, rounds: int = ROUNDS) -> list[Timing]:
+    def measure(self, jobs: Sequence[Job], seconds: float, rounds: int = ROUNDS, patience: int = 1) -> list[Timing]:
         """Return the time of one forward pass of each, interleaved."""
         with torch.no_grad(), _threads(self.threads):
-            return timed([self.ready(module, inputs) for module, inputs in jobs], seconds=seconds, rounds=rounds)
+            return timed(
+                [self.ready(module, inputs) for module, inputs in jobs],
+                seconds=seconds,
+                rounds=rounds,
+                patience=patience,
+            )
 
     def ready(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
         """Return what runs the module once."""
@@ -83,15 +88,15 @@ class Compiled(Torch):
         """Return what a table of measurements depends on."""
         return {"backend": f"torch.compile {torch.__version__}", "device": device_name(self.device)}
 
-    def measure(self, jobs: Sequence[Job], seconds: float, rounds: int = ROUNDS) -> list[Timing]:
+    def measure(self, jobs: Sequence[Job], seconds: float, rounds: int = ROUNDS, patience: int = 1) -> list[Timing]:
         """Return the time of one forward pass of each, interleaved."""
         if all(isinstance(module, SINGLE) for module, _ in jobs):
-            return super().measure(jobs, seconds, rounds)
+            return super().measure(jobs, seconds, rounds, patience)
         torch._dynamo.reset()  # each network is a new one; the compiler would give up after eight
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compiled = [(torch.compile(module, dynamic=False), inputs) for module, inputs in jobs]
-            return super().measure(compiled, seconds, rounds)
+            return super().measure(compiled, seconds, rounds, patience)
 
     def ready(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
         """Return what runs the module once, compiled already."""
@@ -129,9 +134,11 @@ class OnnxRuntime:
         device = "cuda" if self.provider in ("CUDA", "Tensorrt") and torch.cuda.is_available() else "cpu"
         return {"backend": f"onnxruntime {version} {self.provider}", "device": device_name(device)}
 
-    def measure(self, jobs: Sequence[Job], seconds: float, rounds: int = ROUNDS) -> list[Timing]:
+    def measure(self, jobs: Sequence[Job], seconds: float, rounds: int = ROUNDS, patience: int = 1) -> list[Timing]:
         """Return the time of one run of each session, interleaved."""
-        return timed([self.ready(module, inputs) for module, inputs in jobs], seconds=seconds, rounds=rounds)
+        return timed(
+            [self.ready(module, inputs) for module, inputs in jobs], seconds=seconds, rounds=rounds, patience=patience
+        )
 
     def ready(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
         """Return what runs the module's session once, inputs and outputs in main memory."""
@@ -175,7 +182,7 @@ class Asked:
             "device": "its own",
         }
 
-    def measure(self, jobs: Sequence[Job], seconds: float, rounds: int = ROUNDS) -> list[Timing]:
+    def measure(self, jobs: Sequence[Job], seconds: float, rounds: int = ROUNDS, patience: int = 1) -> list[Timing]:
         """Return what it answers, the median of three; it takes its own time."""
         return side_by_side([[self._once(*job) for job in jobs] for _ in range(3)])
 

@@ -21,7 +21,7 @@ from ..cost import CostBuilder, CostModel
 from ..preparing import LIKED
 from ..removal import remove
 from .backends import backend_of
-from .clock import LatencyError, Timing
+from .clock import PATIENCE, LatencyError, Timing
 from .model import Grids, LatencyCost
 from .table import STEPS, LayerCall, Table, fill_in, layer_calls, step_in
 
@@ -148,7 +148,8 @@ class Latency:
 
     def _timings(self, networks: Sequence[nn.Module], args: tuple) -> list[Timing]:
         args = pytree.tree_map(self._batched, args)
-        return self.backend.measure([(network.cpu().eval(), args) for network in networks], self.seconds)
+        jobs = [(network.cpu().eval(), args) for network in networks]
+        return self.backend.measure(jobs, self.seconds, patience=PATIENCE)
 
     def _batched(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
