@@ -4,8 +4,8 @@ After every backward pass it reads the gates' gradients and moves the gates; the
 
 1. Importance: mean over steps of the squared gradient of the loss with respect to each gate, the first-order Taylor
    estimate of what closing it costs (Molchanov et al., 2019), normalised per step so that loss scaling does not matter.
-   In a network that was trained already, over the steps before the first gate may close; in a fresh one over all steps
-   so far; in between, both count.
+   In a network that was trained already, mostly over the steps before the first gate may close; in a fresh one over
+   all steps so far; in between, both count.
 2. Losing set: units ranked by importance per marginal cost in the dense network fill the budget from the best down; the
    rest loses.
 3. Strength: losing gates go down by ``strength`` a step, winning ones go up. The strength follows the log-ratio
@@ -43,6 +43,10 @@ PHASE_FRESH, PHASE_TRAINED = (0.2, 0.5), (0.02, 0.15)
 
 KEEP_STEPS = 100
 """So many steps of the dense network say what its units are worth; what fewer have found counts less."""
+
+KEEP = 0.8
+"""Share of the score that is at most the dense network's word. It does not know that the last units of a layer are
+worth more than its first ones to go; what is measured while the network gets smaller does."""
 
 USED_UP = 0.99
 """A smaller multiple is tried where one is to be chosen and less of the budget than this could be used."""
@@ -165,7 +169,7 @@ class Controller:
         self.ramp = ramp * (length - self.lookahead)
         self.interval = max(1, length // 100)
         self.base_strength = 1.001 / self.lookahead  # closes a gate within the look-ahead, rounding included
-        self.trust = self.maturity * min(1.0, self.start / KEEP_STEPS)
+        self.trust = KEEP * self.maturity * min(1.0, self.start / KEEP_STEPS)
 
     def _check(self, channels: Channels, steps: int, phase, lookahead: float, ramp: float) -> None:
         if not channels.prunable.any():

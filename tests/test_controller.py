@@ -16,7 +16,7 @@ from random_nets import INPUT_SHAPE, RandomNet
 from torch import nn
 
 from tcp_core import Controller, nets, selection, trace
-from tcp_core.controller import PHASE_FRESH, PHASE_TRAINED, fill, required_units, tighten
+from tcp_core.controller import KEEP, PHASE_FRESH, PHASE_TRAINED, fill, required_units, tighten
 from tcp_core.training import frames
 
 CONV4 = ("conv", {"width": 4})
@@ -488,6 +488,18 @@ def test_what_a_trained_network_says_of_its_units_is_kept(maturity, steps):
     first = controller.losing[units[:4]].all()
     assert controller.frozen
     assert first if maturity == 1 and steps == 5000 else not first  # 100 steps of 5000, but 8 of 400: too few to go by
+
+
+def test_what_the_dense_network_finds_level_is_decided_by_what_is_measured_later():
+    channels = single_family()
+    controller = Controller(channels, {"macs": 0.5}, steps=10_000, maturity=1.0)
+    units = channels.prunable.nonzero().flatten()
+    dense, later = torch.ones(2, channels.units)
+    dense[units], later[units] = torch.linspace(1.0, 1.05, 8), torch.linspace(2.0, 1.0, 8)
+    run(controller, lambda: dense if controller.step_count < controller.start else later)
+    assert controller.trust == KEEP < 1
+    assert controller.frozen
+    assert controller.losing[units[-4:]].all()
 
 
 @pytest.mark.parametrize("maturity", [-0.1, 1.1, math.nan, "high", None])
