@@ -15,7 +15,7 @@ AGREE = 0.05
 """Spread up to which a few rounds are enough, where calls are so long that more would take minutes."""
 
 PATIENCE = 4
-"""So many times the rounds are taken of whole networks that disagree by more than that."""
+"""At most so many times the rounds are taken of whole networks that disagree by more than that."""
 
 
 class LatencyError(RuntimeError):
