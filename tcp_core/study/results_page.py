@@ -22,6 +22,10 @@ STUDIES = {
         "Long runs on CIFAR-10: how good the networks become",
         "The same comparison at lengths at which accuracies have nearly settled.",
     ),
+    "cifar10-half": (
+        "Long runs at half resolution",
+        "Images of 16 x 16, and a start that was trained here and has never seen the validation images.",
+    ),
     "cifar10-paper": ("CIFAR-10 as papers run it", "The original images, and as many epochs as papers train for."),
     "tiny-imagenet-cpu": (
         "A stand-in for ImageNet",
