@@ -1,10 +1,10 @@
 """Accuracy at the same latency: a budget of latency, a budget of macs that ends at that latency, and one-shot pruning
 by the same table.
 
-On images at half resolution, from a network that is trained first, once. The macs budget is found before its run:
-of a grid of shares the largest at which the best units of the trained network, in the default widths, take the latency
-that is asked for. Each network is timed beside the dense one at its end. Rows that are there are not run again, and two processes of
-other seeds may share the output.
+On images at half resolution, from a network that is trained first, once. The macs budget is found before its run: of a
+grid of shares the largest at which the best units of the trained network, in the default widths, take the latency that
+is asked for. Each network is timed beside the dense one at its end. Rows that are there are not run again, and two
+processes of other seeds may share the output.
 
     python benchmarks/same_latency.py --data cifar10-jpeg --out results/benchmarks/same_latency.json
 """
@@ -21,7 +21,10 @@ from torch.nn import functional as F
 
 import tcp_core as tcp
 from tcp_core import nets
+from tcp_core.controller import Controller
+from tcp_core.cost import Budget
 from tcp_core.datasets import sources
+from tcp_core.preparing import width_options
 from tcp_core.study.comparators import pruner
 from tcp_core.study.results import environment
 
@@ -167,11 +170,14 @@ def macs_share(model, channels: tcp.Channels, place: tcp.Latency, train, share: 
     Raises:
         RuntimeError: if none comes within a twentieth of it, for the comparison would not be at the same latency.
     """
-    tried = {}
+    measured = pruner("taylor", {"macs": 0.5}, train=train, batches=100, precision=precision)(model, channels, 1000)
+    quick, tried = copy.copy(place), {}
+    quick.seconds = 1.0
     for macs in MACS:
-        prune = pruner("taylor", {"macs": macs}, train=train, batches=30, precision=precision, multiple="auto")
-        small = prune(model, channels, 1000).open_units
-        timing, dense = place.networks(model, channels, [small, None])
+        budget = Budget(macs=macs)
+        controller = Controller(channels, budget, steps=1000, **width_options(model, channels, budget, "auto", None))
+        controller.importance = measured.limits.importance
+        timing, dense = quick.networks(model, channels, [controller.choose(controller.score()), None])
         tried[macs] = timing.ms / dense.ms
     print({macs: round(found, 3) for macs, found in tried.items()}, flush=True)
     near = [macs for macs, found in tried.items() if 0.95 * share <= found <= share]
