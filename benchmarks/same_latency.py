@@ -2,8 +2,8 @@
 by the same table.
 
 On images at half resolution, from a network that is trained first, once. The macs budget is found before its run: of a
-grid of shares the largest at which the best units of the trained network, in the default widths, take the latency that
-is asked for. Each network is timed beside the dense one at its end. Rows that are there are not run again, and two
+grid of shares the largest at which the best units of the trained network, in the largest multiples that the place likes,
+take the latency that is asked for. Each network is timed beside the dense one at its end. Rows that are there are not run again, and two
 processes of other seeds may share the output.
 
     python benchmarks/same_latency.py --data cifar10-jpeg --out results/benchmarks/same_latency.json
@@ -22,9 +22,7 @@ from torch.nn import functional as F
 import tcp_core as tcp
 from tcp_core import nets
 from tcp_core.controller import Controller
-from tcp_core.cost import Budget
 from tcp_core.datasets import sources
-from tcp_core.preparing import width_options
 from tcp_core.study.comparators import pruner
 from tcp_core.study.results import environment
 
@@ -145,8 +143,9 @@ def run(
     if method == "latency budget":
         how = {"budget": {"latency": share}, "latency": place}
     elif method == "macs budget":
-        more = {"macs_budget": macs_share(model, channels, place, train, share, precision)}
-        how = {"budget": {"macs": more["macs_budget"]}}
+        multiple = place.likes(place.cost(model, channels))[0]
+        more = {"macs_budget": macs_share(model, channels, place, train, share, multiple, precision)}
+        how = {"budget": {"macs": more["macs_budget"]}, "multiple": multiple}
     else:
         options = {"train": train, "seed": seed, "precision": precision, "multiple": "auto"}
         how = {"prune": pruner("taylor", {"latency": share}, latency=place, **options)}
@@ -160,12 +159,13 @@ def run(
     return row | {"history": result.history[["epoch", "train_loss", "val_accuracy"]].to_dict("list")}, result.model
 
 
-def macs_share(model, channels: tcp.Channels, place: tcp.Latency, train, share: float, precision: str) -> float:
+def macs_share(
+    model, channels: tcp.Channels, place: tcp.Latency, train, share: float, multiple: int, precision: str
+) -> float:
     """Return the largest share of the macs at which the best units of the trained network take nearly ``share`` of its
     latency.
 
-    Latency does not rise evenly with macs: a smaller budget may have smaller multiples, and take longer. So a grid of
-    shares is tried, not halved.
+    Latency does not rise evenly with macs, so a grid of shares is tried, not halved.
 
     Raises:
         RuntimeError: if none comes within a twentieth of it, for the comparison would not be at the same latency.
@@ -174,8 +174,10 @@ def macs_share(model, channels: tcp.Channels, place: tcp.Latency, train, share: 
     quick, tried = copy.copy(place), {}
     quick.seconds = 1.0
     for macs in MACS:
-        budget = Budget(macs=macs)
-        controller = Controller(channels, budget, steps=1000, **width_options(model, channels, budget, "auto", None))
+        try:
+            controller = Controller(channels, {"macs": macs}, steps=1000, multiple=multiple)
+        except tcp.BudgetError:  # below the smallest network of such widths
+            continue
         controller.importance = measured.limits.importance
         timing, dense = quick.networks(model, channels, [controller.choose(controller.score()), None])
         tried[macs] = timing.ms / dense.ms
