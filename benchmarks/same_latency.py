@@ -2,9 +2,9 @@
 by the same table.
 
 On images at half resolution, from a network that is trained first, once. The macs budget is found before its run: of a
-grid of shares the largest at which the best units of the trained network, in the largest multiples that the place likes,
-take the latency that is asked for. Each network is timed beside the dense one at its end. Rows that are there are not run again, and two
-processes of other seeds may share the output.
+grid of shares the largest at which the best units of the trained network, in the largest multiples that the place
+likes, take the latency that is asked for. Each network is timed beside the dense one at its end. Rows that are there
+are not run again, and two processes of other seeds may share the output.
 
     python benchmarks/same_latency.py --data cifar10-jpeg --out results/benchmarks/same_latency.json
 """
