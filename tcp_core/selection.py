@@ -323,8 +323,11 @@ def settle(
     return *best, len(seen)
 
 
-LARGEST_BLOCK = 0.04
+LARGEST_BLOCK = 0.05
 """Share of the budget that the cheapest block may cost, where the multiple is chosen."""
+
+NO_CHOICE = 2 / 3
+"""Share of the way up to a bound that the smallest network of a multiple may take."""
 
 
 def liked(
@@ -338,8 +341,8 @@ def liked(
     """Return which of the multiples ``candidates`` (falling) suit the budget, the last one always.
 
     Their blocks are small enough: of some family one costs at most ``LARGEST_BLOCK``. And they leave a choice: their
-    smallest network is at most half the way from the smallest of any widths up to each bound, for near a bound all
-    networks would be that one. Of latency, which is not measured yet, its own table knows what fits.
+    smallest network is at most ``NO_CHOICE`` of the way from the smallest of any widths up to each bound, for near a
+    bound all networks would be that one. Of latency, which is not measured yet, its own table knows what fits.
     """
     share = sum(price[name] / bound for name, bound in bounds.items())
     known = {name: bound for name, bound in bounds.items() if name != "latency"}
@@ -355,7 +358,9 @@ def liked(
         return (
             bool(blocks)
             and min(blocks) <= LARGEST_BLOCK
-            and all(2 * least[name] <= bound + smallest[name] for name, bound in known.items())
+            and all(
+                least[name] - smallest[name] <= NO_CHOICE * (bound - smallest[name]) for name, bound in known.items()
+            )
         )
 
     return [*filter(suits, candidates[:-1]), candidates[-1]]

@@ -488,7 +488,7 @@ def test_by_default_widths_are_what_kernels_like_where_that_costs_little(resnet)
     def multiple(model, budget, x=x, **options):
         return tcp.Tailor(copy.deepcopy(model), x, budget=budget, steps=100, **options).controller.multiple
 
-    assert [multiple(model, {"macs": share}) for share in (0.5, 0.15)] == [8, 4]
+    assert [multiple(model, {"macs": share}) for share in (0.5, 0.25, 0.15)] == [8, 8, 4]
     assert multiple(model, {"macs": 0.5}, multiple=1) == 1
     tiny = nets.small_resnet(widths=(8, 16, 24), blocks=1, num_classes=10, in_channels=3)
     assert multiple(tiny, {"macs": 0.2}) == 1  # 4 units would be much of it
@@ -782,3 +782,20 @@ def test_a_multiple_that_cannot_meet_the_budget_gives_way_to_a_smaller_one(resne
     controller, small = chosen(model, channels, {"latency": f"{bound} ms"}, place(of_layer_too), multiple=(16, 8, 4))
     assert controller.multiple == 8
     assert 0.97 * bound <= of_network(small) <= bound
+
+
+def test_accuracy_at_the_same_latency_is_as_the_page_says():
+    benchmark = script("same_latency")
+    rows = json.loads((ROOT / "results" / "benchmarks" / "same_latency.json").read_text())["rows"]
+    page = (ROOT / "docs" / "latency.md").read_text()
+    assert between(page, "same latency") == benchmark.table(rows)
+    for row in rows:  # they are at one latency, so that accuracies can be compared
+        assert row["ms"] / row["dense_ms"] == pytest.approx(row["latency"], rel=0.07)
+        assert len(row["history"]["epoch"]) == row["epochs"]
+        assert row["history"]["train_loss"][-1] == row["train_loss"]
+    scan = json.loads((ROOT / "results" / "benchmarks" / "same_latency_scan.json").read_text())
+    default, eights = (scan[widths]["seeds"] for widths in ("default widths", "multiples of 8"))
+    assert min(min(found.values()) for found in default) > 0.43
+    assert all(
+        1.1 < one[macs] / two[macs] for one, two in zip(default, eights, strict=True) for macs in ("0.15", "0.254")
+    )
