@@ -82,9 +82,9 @@ def written(out: Path) -> dict:
 
 def add(out: Path, row: dict) -> None:
     """Add a row to the output, and say what it was run with."""
-    content = written(out)
-    content["rows"].append(row)
-    content |= environment("cpu") | {"recipe": RECIPE}
+    content, ran = written(out), environment("cpu")
+    content["rows"].append(row | {"git_commit": ran["git_commit"]})  # rows are added one by one, at other commits
+    content |= ran | {"recipe": RECIPE}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n")
 
