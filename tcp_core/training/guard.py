@@ -21,11 +21,15 @@ class Guard:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.buffers = [
-            (module, [(name, buffer, None if buffer is None else buffer.detach().clone()) for name, buffer in held])
-            for module in network.modules()
-            if (held := tuple(module._buffers.items()))
-        ]
+        self.buffers = [(module, held) for module in network.modules() if (held := dict(module._buffers))]
+        # one copy of all that are alike: fifty small ones at every step are a sixth of what a GPU is asked to do
+        alike: dict[tuple, list[Tensor]] = {}
+        for _, held in self.buffers:
+            for buffer in held.values():
+                if buffer is not None:
+                    plain = buffer.layout == torch.strided and not buffer.is_quantized
+                    alike.setdefault((buffer.dtype, buffer.device) if plain else (id(buffer),), []).append(buffer)
+        self.copies = [(buffers, _copied(buffers)) for buffers in alike.values()]
 
     def check(self, loss: Tensor, trained: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Raise FloatingPointError, in all processes, if in any of them ``loss`` or a gradient is not finite.
@@ -70,10 +74,17 @@ class Guard:
         self.network.zero_grad()  # of the gates too
         for module, held in self.buffers:
             module._buffers.clear()
-            for name, buffer, values in held:
-                module._buffers[name] = buffer
-                if buffer is not None:
-                    buffer.copy_(values)
+            module._buffers.update(held)
+        for buffers, values in self.copies:
+            parts = values.split([buffer.numel() for buffer in buffers]) if len(buffers) > 1 else [values]
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part if part.shape == buffer.shape else part.view(buffer.shape))
+
+
+def _copied(buffers: list[Tensor]) -> Tensor:
+    if len(buffers) == 1:
+        return buffers[0].detach().clone()
+    return torch.cat([buffer.detach().flatten() for buffer in buffers])
 
 
 def _with_gradient(model: nn.Module) -> list[nn.Parameter]:
