@@ -130,6 +130,7 @@ def test_loops_with_scaled_losses_and_networks_moved_late(images, exact):
     assert sum(scaled) == pytest.approx(sum(losses), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_loop_follows_the_gates(images, mode):
     """A graph that was recorded with the gates of one step must not be replayed with those values."""
