@@ -14,7 +14,6 @@ from types import NoneType
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import nn
 
 from ..controller import Controller
@@ -27,6 +26,7 @@ from ..storage import load, save
 from ..tracing import trace
 from . import checkpoints
 from .batches import by_epoch
+from .evaluation import device_of
 from .fit import fit
 from .frames import training_cost
 from .processes import agree, rank_and_world
@@ -93,6 +93,8 @@ def ladder(
         raise ValueError(
             f"{len(budgets)} budgets and {len(epochs)} numbers of epochs; give one for each, at least one."
         )
+    device = device_of(model, options.get("device"))
+    model.to(device)  # as fit does
     dense, bounds = _planned(model, train, budgets, epochs, options)
     said = {name: _said(value) for name, value in sorted(options.items()) if name not in UNSAID}
     plan = {"bounds": bounds, "epochs": epochs, "dense": dense, "options": said}
@@ -101,7 +103,7 @@ def ladder(
     agree({"rungs": len(done)})  # not if each machine has a folder of its own
     models = [] if place is None else [place.network(model, rung) for rung in range(len(done))]
     if models:
-        model = copy.deepcopy(models[-1]).to(_device(model, options))
+        model = copy.deepcopy(models[-1]).to(device)
 
     for rung in range(len(done), len(budgets)):
         before = sum(epochs[:rung])
@@ -145,7 +147,7 @@ def _planned(
 ) -> tuple[dict[str, float], list[dict]]:
     """Return the dense network's costs, and each budget in absolute numbers; raise where one cannot be met."""
     given = {name: options[name] for name in inspect.signature(Controller).parameters if name in options}
-    batches = by_epoch(train, options.get("batch_size"), "none", 0, _device(model, options))(0)
+    batches = by_epoch(train, options.get("batch_size"), "none", 0, device_of(model, None))(0)
     length = len(batches) // options.get("accumulate", 1)
     tracing = {name: options[name] for name in ("ignore", "also", "unused") if name in options}
     channels = trace(model, next(iter(batches))[0][:2], **tracing)
@@ -169,10 +171,6 @@ def _planned(
             )
         bounds.append(here)
     return dense, [_absolute(budget, here) for budget, here in zip(budgets, bounds, strict=True)]
-
-
-def _device(model: nn.Module, options: Mapping) -> torch.device:
-    return torch.device(options.get("device") or next(model.parameters()).device)
 
 
 def _absolute(budget: Budget, bounds: Mapping[str, float]) -> dict:
