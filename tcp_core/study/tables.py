@@ -281,8 +281,14 @@ def _run(row, defaults):
             given.get("epochs", 0), row["macs"] / row["dense_macs"], row.get("steps"), row.get("frozen_at_step")
         ),
         "seconds": row["seconds_train"],
-        "machine": f"{row.get('device')}, {row.get('threads', 0):g} threads",
+        "machine": _machine(row),
     }
+
+
+def _machine(row):
+    threads = row.get("threads", 0)
+    of_cpu = "" if "NVIDIA" in str(row.get("device")) else f", {threads:g} thread{'s' * (threads != 1)}"
+    return f"{row.get('device')}{of_cpu}, torch {row.get('versions.torch')}"
 
 
 def _percent(value):
