@@ -75,6 +75,8 @@ def test_statistics_that_were_put_in_the_place_of_others_come_back():
     model.register_buffer("replaced", torch.ones(2))
     model.register_buffer("filled", None)
     model.register_buffer("changed", torch.ones(2), persistent=False)
+    model.register_buffer("grid", torch.arange(6.0).view(2, 3).T)  # not contiguous
+    model.register_buffer("count", torch.tensor(3))
     replaced, changed = model.replaced, model.changed
     model.weight = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -89,11 +91,15 @@ def test_statistics_that_were_put_in_the_place_of_others_come_back():
         model.replaced = model.replaced * math.nan
         model.filled = torch.ones(1)
         model.changed.fill_(math.nan)
+        model.grid.zero_()
+        model.count += 1
         model.register_buffer("late", torch.ones(1))
         model.weight.grad = torch.full((2,), gradient)
         with pytest.raises(FloatingPointError, match=said):
             guard.check(torch.tensor(loss), model, optimizer, 3)
-        assert list(model._buffers) == ["replaced", "filled", "changed"]
+        assert list(model._buffers) == ["replaced", "filled", "changed", "grid", "count"]
+        assert model.grid.tolist() == [[0, 3], [1, 4], [2, 5]]
+        assert model.count == 3
         assert model.replaced is replaced
         assert model.changed is changed
         assert model.filled is None

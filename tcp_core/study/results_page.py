@@ -187,16 +187,20 @@ def _overall(row, summary):
     """Say what the mean over all settings of a data set is, and what it rests on."""
     best = _part(summary, "best comparator")
     best = best[(best["data"] == row["data"]) & (best["options"] == row["options"])]
+    best = best[(best["epochs"] >= tables.LONG) == row["length"].endswith("more")]
     se = "" if absent(row["se"]) else f", standard error {number(row['se'], 2)}"
     said = (
-        f"**{', '.join(filter(None, [row['data'], row['options']]))}.** Over {_count(row['pairs'], 'budget')} in all "
-        f"settings ours is {_points(row['difference'])} the best comparator in the mean{se}: "
+        f"**{', '.join(filter(None, [row['data'], row['options'], row['length']]))}.** Over "
+        f"{_count(row['pairs'], 'budget')} in all settings ours is {_points(row['difference'])} the best comparator in "
+        f"the mean{se}: "
         f"{_count(row['wins'], 'win')}, {_count(row['losses'], 'loss', 'losses')}. The goal, {number(GOAL, 1)} points "
         f"above it, is {'reached' if row['reached'] == 'yes' else 'missed'}"
     )
-    # not absent: of the mean over two budgets or more
-    near = not absent(row["se"]) and abs(row["difference"] - GOAL) < 2 * row["se"]
-    said += ", but nearer to it than two standard errors: it may be chance." if near else "."
+    beyond = row["difference"] - GOAL
+    if number(row["difference"], 1) == number(GOAL, 1):
+        said += f" by {number(abs(beyond), 3)}"
+    near = absent(row["se"]) or abs(beyond) < 2 * row["se"]
+    said += ", which may be chance." if near else "."
     if len(best) > 2:
         largest = best.loc[best["difference"].abs().idxmax()]
         rest = best.drop(largest.name)["difference"].mean()

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..controller import PHASE_TRAINED
 from ..training.frames import training_cost
 from .pages import COSTS, GOAL, GOAL_DENSE, GROUP, KEY, METHODS, absent, heading, number
 from .published import ARCHITECTURES
@@ -32,6 +33,8 @@ IF_CHANGED = (
 OF_COMPARATORS = ("prune_at", "restart", "widths_of")
 OF_CONTROLLER = ("phase_start", "phase_end")
 OF_BOTH = ("multiple",)
+LONG = 10
+"""Epochs from which a run says how good a network becomes, and no longer how soon it recovers."""
 WORDS = {
     "phase_start": lambda share: f"phase from {100 * share:g} %",
     "phase_end": lambda share: f"to {100 * share:g} % of the run",
@@ -137,29 +140,32 @@ def summary(pairs: pd.DataFrame, *, goals: bool = True) -> pd.DataFrame:
     """Return what the differences come to: against the best comparator, against each one, and against dense.
 
     The best comparator is chosen anew at every budget, by its mean test accuracy: the hardest choice for ours, as the
-    best of several noisy means is more often a lucky one. Column `part`: "mean over all" of a data set, "mean over
-    budgets" of a group, "best comparator" at each budget, "dense at 50 % macs", and "each comparator" over all
-    budgets. A mean's standard error comes from `se_pooled`, as if its differences were independent. `goals`: whether to
-    say if the goals were reached that the committed study set itself.
+    best of several noisy means is more often a lucky one. Column `part`: "mean over all" of a data set, of its runs of
+    `LONG` epochs or more and of the others; "mean over budgets" of a group, "best comparator" at each budget, "dense at
+    50 % macs", and "each comparator" over all budgets. A mean's standard error comes from `se_pooled`, as if its
+    differences were independent. `goals`: whether to say if the goals were reached that the committed study set itself.
     """
-    pairs = pairs.assign(pairs=1, wins=1 * (pairs["difference"] > 0), losses=1 * (pairs["difference"] < 0))
+    length = np.where(pairs["epochs"] >= LONG, f"{LONG} epochs or more", f"fewer than {LONG} epochs")
+    pairs = pairs.assign(
+        length=length, pairs=1, wins=1 * (pairs["difference"] > 0), losses=1 * (pairs["difference"] < 0)
+    )
     rivals = pairs[pairs["rival"] != "dense"]
     ours = [*GROUP, "options"]
     best = rivals.loc[rivals.groupby([*ours, "budget"])["difference"].idxmin()] if len(rivals) else rivals
     at_half = pairs[(pairs["rival"] == "dense") & (pairs["budget"] == "50 % macs")]
     count = ["pairs", "wins", "losses"]
     parts = {
-        "mean over all": _mean_difference(best, ["data", "options"]),
+        "mean over all": _mean_difference(best, ["data", "options", "length"]),
         "mean over budgets": _mean_difference(best, ours),
-        "best comparator": _in_order(best).drop(columns=count),
-        "dense at 50 % macs": at_half.drop(columns=count),
+        "best comparator": _in_order(best).drop(columns=[*count, "length"]),
+        "dense at 50 % macs": at_half.drop(columns=[*count, "length"]),
         "each comparator": _mean_difference(rivals, ["data", "options", "rival", "options_rival"]),
     }
     table = pd.concat([part.assign(part=name) for name, part in parts.items()], ignore_index=True)
     set_at = {"mean over budgets": GOAL, "mean over all": GOAL, "dense at 50 % macs": GOAL_DENSE}
     table["goal"] = table["part"].map(set_at).astype(float)
     table["reached"] = np.where(table["goal"].isna(), "", np.where(table["difference"] >= table["goal"], "yes", "no"))
-    shown = ["options", "budget", "rival", "options_rival", "accuracy", "n", "accuracy_rival", "n_rival"]
+    shown = ["options", "length", "budget", "rival", "options_rival", "accuracy", "n", "accuracy_rival", "n_rival"]
     shown += ["difference", "se", *count]
     return table[["part", *GROUP, *shown, *(("goal", "reached") if goals else ())]]
 
@@ -247,6 +253,8 @@ def _run(row, defaults):
     """Return the row of `study` for a row of `read_runs`."""
     own = {k.removeprefix("param."): v for k, v in row.items() if k.startswith("param.") and not absent(v)}
     given = {**defaults, **own}
+    if given.get("weights") and (given.get("phase_start"), given.get("phase_end")) == PHASE_TRAINED:
+        given |= {name: defaults[name] for name in OF_CONTROLLER}  # what it would have found for such a start by itself
     method, folders = row["method"], row["run"].split("/")
     rest = [
         name
