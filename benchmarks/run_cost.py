@@ -31,7 +31,7 @@ from torchvision import models
 from training_step import open_as_in
 
 import tcp_core as tcp
-from tcp_core.controller import PHASE_TRAINED
+from tcp_core.maturity import PHASE_TRAINED
 from tcp_core.selection import fill
 from tcp_core.study.criteria import uniform_l1
 from tcp_core.study.results import environment

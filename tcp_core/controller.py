@@ -28,6 +28,7 @@ from torch import Tensor
 from .channels import Channels
 from .cost import Budget, BudgetError, Costs, Measured, amount
 from .explanation import in_words
+from .maturity import phase_of
 from .selection import fill, liked, required_units, settle, tighten
 
 KINDS = {
@@ -37,9 +38,6 @@ KINDS = {
     ("ignored",): "patterns",
 }
 """Causes that a user can change, by their kind."""
-
-PHASE_FRESH, PHASE_TRAINED = (0.2, 0.5), (0.02, 0.15)
-"""Where the network is made smaller, by default, as shares of the run: if it starts fresh, and if it was trained."""
 
 KEEP_STEPS = 100
 """So many steps of the dense network say what its units are worth; what fewer have found counts less."""
@@ -69,8 +67,7 @@ class Controller:
         budget: the bounds to meet.
         steps: optimiser steps of the whole run.
         phase: the shares of the run between which the network is made smaller; importance is measured from the first
-            step, and the set is frozen at the end of the phase. "auto": between ``PHASE_FRESH`` and ``PHASE_TRAINED``,
-            by ``maturity``.
+            step, and the set is frozen at the end of the phase. "auto": see :func:`tcp_core.maturity.phase_of`.
         maturity: how far the network is trained at the start, from 0, fresh, to 1; :class:`Tailor` tells it from the
             weights. The more, the earlier is the phase and the longer is kept what the dense network says of its units.
         lookahead: the share of the phase by which a unit is told ahead of its time; as long as a gate takes to close.
@@ -130,9 +127,10 @@ class Controller:
         if not isinstance(maturity, (int, float)) or not 0 <= maturity <= 1:
             raise ValueError(f"maturity={maturity!r}; it must be a number from 0 (a fresh network) to 1 (trained).")
         self.placed = isinstance(phase, str) and phase == "auto"
+        if not isinstance(steps, int):
+            raise ValueError(f"steps={steps!r}; it must be an int, the number of optimiser steps of the whole run.")
         if self.placed:
-            ends = zip(PHASE_FRESH, PHASE_TRAINED, strict=True)
-            phase = tuple(round(fresh + maturity * (trained - fresh), 4) for fresh, trained in ends)
+            phase = phase_of(maturity, steps)
         self._check(channels, steps, phase, lookahead, ramp)
         self.steps, self.shares = steps, (lookahead, ramp)
         self._place(phase, maturity)
@@ -185,8 +183,6 @@ class Controller:
                 f"(0, 1]; got {phase!r}, {lookahead}, {ramp}."
             )
         needed = math.ceil(MIN_PHASE_STEPS / (phase[1] - phase[0]))
-        if not isinstance(steps, int):
-            raise ValueError(f"steps={steps!r}; it must be an int, the number of optimiser steps of the whole run.")
         if steps < needed:
             raise ValueError(
                 f"steps={steps} is too short: the pruning phase is {phase[1] - phase[0]:.0%} of the run and needs "

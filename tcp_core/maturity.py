@@ -1,4 +1,4 @@
-"""How far a network is trained already, told from its weights alone.
+"""How far a network is trained already, told from its weights alone, and when it is made smaller by that.
 
 Whatever a network is started with, the entries of a weight matrix are independent then; training ties them together. So
 no data, no gradient and no scale is needed, and it does not matter whether there are batch norms, whether layers are
@@ -15,6 +15,14 @@ SIDE = (256, 1024)
 
 TRAINED = 1 / 3
 """The excess at which a network counts as trained: ResNet-20 has it after some eight epochs on CIFAR-10."""
+
+PHASE_FRESH, PHASE_TRAINED = (0.2, 0.5), (0.02, 0.15)
+"""Where the network is made smaller, by default, as shares of the run: if it starts fresh, and if it was trained, at
+the longest."""
+
+PHASE_ENOUGH, PHASE_LEAST = 190, 0.04
+"""So many steps of phase are enough for a trained network, but for the share of the run that it has at least. What is
+left of the run trains the small network."""
 
 
 def maturity(model: nn.Module) -> float:
@@ -53,3 +61,11 @@ def excess(weight: Tensor) -> float | None:
     gram = matrix @ matrix.T if n <= m else matrix.T @ matrix
     ratio = gram.square().sum() / (variance**2 * n * m * (n + m + kurtosis - 2))
     return max(0.0, float(ratio) - 1 - 4 / (n + m))
+
+
+def phase_of(maturity: float, steps: int) -> tuple[float, float]:
+    """Return where the phase lies by default in a run of ``steps``, as shares of it, between fresh and trained."""
+    start, longest = PHASE_TRAINED
+    end = min(longest, start + max(PHASE_LEAST, PHASE_ENOUGH / max(steps, 1)))
+    ends = zip(PHASE_FRESH, (start, end), strict=True)
+    return tuple(round(fresh + maturity * (trained - fresh), 4) for fresh, trained in ends)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import counted
 
 from tcp_core import Tailor, trace
-from tcp_core.controller import PHASE_TRAINED
+from tcp_core.maturity import PHASE_TRAINED
 
 STEPS = 96
 pytestmark = [

@@ -16,7 +16,8 @@ from random_nets import INPUT_SHAPE, RandomNet
 from torch import nn
 
 from tcp_core import Controller, nets, selection, trace
-from tcp_core.controller import KEEP, PHASE_FRESH, PHASE_TRAINED, fill, required_units, tighten
+from tcp_core.controller import KEEP, fill, required_units, tighten
+from tcp_core.maturity import PHASE_FRESH, PHASE_TRAINED, phase_of
 from tcp_core.training import frames
 
 CONV4 = ("conv", {"width": 4})
@@ -471,6 +472,10 @@ def test_the_more_a_network_is_trained_the_earlier_it_gets_smaller():
     for early, late in itertools.pairwise(reversed(phases)):
         assert early[0] < late[0] < late[1]
         assert early[1] < late[1]
+    # of a trained network: no more steps than are enough, in long runs a least share
+    ends = {steps: phase_of(1.0, steps)[1] for steps in (1, 100, 1461, 1900, 4222, 4750, 450_000)}
+    assert ends == {1: 0.15, 100: 0.15, 1461: 0.15, 1900: 0.12, 4222: 0.065, 4750: 0.06, 450_000: 0.06}
+    assert phase_of(0.0, 10**6) == PHASE_FRESH
     asked = Controller(single_family(), {"macs": 0.5}, steps=1000, maturity=1.0, phase=(0.3, 0.4))
     assert asked.phase == (0.3, 0.4)
     assert (asked.start, asked.end) == (300, 400)

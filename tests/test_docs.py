@@ -9,7 +9,8 @@ import pytest
 import torch
 from documentation import NAMES, PAGES, ROOT, anchors, blocks, digits, execute, links, read
 
-from tcp_core.controller import PHASE_FRESH, PHASE_TRAINED, Controller
+from tcp_core.controller import Controller
+from tcp_core.maturity import PHASE_ENOUGH, PHASE_FRESH, PHASE_LEAST, PHASE_TRAINED
 from tcp_core.study import results_page, tables
 
 
@@ -68,6 +69,8 @@ def test_the_method_states_the_defaults_of_the_controller():
     rows = re.findall(r"^\| `(\w+)` \| ([\d., ]+) \|", read("docs/method.md"), re.M)
     for phase in (PHASE_FRESH, PHASE_TRAINED):
         assert "{} and {} if it".format(*phase) in read("docs/method.md")
+    least = f"or sooner, after {PHASE_ENOUGH} steps, but not before {PHASE_TRAINED[0] + PHASE_LEAST} |"
+    assert least in read("docs/method.md")
     defaults = {name: parameter.default for name, parameter in inspect.signature(Controller).parameters.items()}
     assert defaults["phase"] == "auto"
     assert len(rows) == 3

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tcp_core import RemovalError, Tailor, shrinking
 from tcp_core.carrying import Cuts, cut_value, take
-from tcp_core.controller import PHASE_TRAINED
+from tcp_core.maturity import PHASE_TRAINED
 from tcp_core.removal import dense_shapes
 
 STEPS = 96

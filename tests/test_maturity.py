@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 import tcp_core as tcp
 from tcp_core import nets
-from tcp_core.controller import PHASE_FRESH, PHASE_TRAINED
 from tcp_core.datasets.sources import digits
-from tcp_core.maturity import excess, maturity
+from tcp_core.maturity import PHASE_FRESH, PHASE_TRAINED, excess, maturity
 
 NETWORKS = ("resnet20", "resnet56", "small_resnet", "vgg16_bn", "mobilenet_v2", "densenet40_12", "googlenet")
 FOREIGN = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "regnet_y_400mf", "squeezenet1_1", "swin_t")

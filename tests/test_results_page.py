@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+from tcp_core.maturity import phase_of
 from tcp_core.study import results_page, study_plots, tables
 from tcp_core.training.plots import save_figure
 
@@ -115,3 +116,8 @@ def test_the_caveat_on_rules_before_the_present_one_is_there_as_long_as_it_is_tr
     before = [start < "2026-11-27T00:30" for start in began]
     assert any(before) == ("is of a rule before the present one" in page(study))
     assert all(before) or not any(before), "some are of the present rule: say which, or do the others again"
+    long = [run for run in ours["run"] if run.startswith("cifar10-long/")]
+    metrics = [json.loads((ROOT / "results" / "runs" / run / "metrics.json").read_text()) for run in long]
+    late = [each["frozen_at_step"] > 1.1 * phase_of(1.0, each["steps"])[1] * each["steps"] for each in metrics]
+    assert any(late) == ("is made smaller until 15 % of the run" in page(study))
+    assert all(late) or not any(late), "some are of the present phase: say which, or do the others again"

@@ -15,8 +15,8 @@ from torch import nn
 from zoo import counted
 
 from tcp_core import RemovalError, Report, Tailor, close, evaluate, nets, trace
-from tcp_core.controller import PHASE_TRAINED
 from tcp_core.datasets import sources
+from tcp_core.maturity import PHASE_TRAINED
 from tcp_core.removal import take
 
 STEPS = 96  # about the fewest with the phase of a trained network; the set is frozen at about step 14

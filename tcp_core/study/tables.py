@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..controller import PHASE_TRAINED
+from ..maturity import phase_of
 from ..training.frames import training_cost
 from .pages import COSTS, GOAL, GOAL_DENSE, GROUP, KEY, METHODS, absent, heading, number
 from .published import ARCHITECTURES
@@ -253,7 +253,8 @@ def _run(row, defaults):
     """Return the row of `study` for a row of `read_runs`."""
     own = {k.removeprefix("param."): v for k, v in row.items() if k.startswith("param.") and not absent(v)}
     given = {**defaults, **own}
-    if given.get("weights") and (given.get("phase_start"), given.get("phase_end")) == PHASE_TRAINED:
+    phase = tuple(given.get(name) for name in OF_CONTROLLER)
+    if given.get("weights") and not absent(row.get("steps")) and phase == phase_of(1.0, row["steps"]):
         given |= {name: defaults[name] for name in OF_CONTROLLER}  # what it would have found for such a start by itself
     method, folders = row["method"], row["run"].split("/")
     rest = [
