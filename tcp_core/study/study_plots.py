@@ -18,7 +18,7 @@ from ..training.frames import WIDTHS, require
 from ..training.plots import COLORS, DOTS, TEXT_GREY, finished, style
 from .pages import COSTS, GOAL, GROUP, METHODS, heading, number
 from .published import ARCHITECTURES
-from .tables import family
+from .tables import budget_order, family
 
 OURS = COLORS["tailored"]
 LOST = "#8C2D5A"  # where a comparator is better
@@ -131,7 +131,7 @@ def _by_budget(table, column, label, title):
     table = table[table["budget"].str.fullmatch(r"[\d.]+ % macs")]
     table = table[table.groupby("budget")["method"].transform("nunique") > 1]
     require("the table of accuracy, for two methods at one budget on macs,", table, GROUP)
-    budgets = list(table.groupby("budget", sort=False))
+    budgets = sorted(table.groupby("budget"), key=lambda item: budget_order(item[0]))
     several = table.groupby("method")["options"].nunique() > 1  # then options tell them apart
     with style():
         size = (max(6.4, 1.2 + 3.2 * len(budgets)), 4.4)
