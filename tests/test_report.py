@@ -79,6 +79,16 @@ def test_mean_spread_and_differences_by_hand(monkeypatch):
     assert total.loc["dense at 50 % macs", "reached"] == "no"
 
 
+@pytest.mark.parametrize("defaults", [None, {"phase_start": 0.0, "phase_end": 0.0}])
+def test_a_phase_that_would_have_been_found_is_no_option(monkeypatch, defaults):
+    asked = {"param.weights": "w", "param.phase_start": 0.02, "param.phase_end": 0.15, "steps": 1404}
+    rows = [run(**asked), run(**asked | {"steps": 7020}), run(**asked | {"param.weights": ""})]
+    found = study_of(monkeypatch, *rows, defaults=defaults)
+    trained = found[found["setting"] == "from a pretrained network"]
+    assert sorted(trained["options"]) == ["", "phase from 2 %, to 15 % of the run"]  # 7,020 steps have a shorter one
+    assert found[found["setting"] == "from scratch"]["options"].item() == "phase from 2 %, to 15 % of the run"
+
+
 @pytest.mark.parametrize(
     ("steps", "frozen_at", "cost"),
     [

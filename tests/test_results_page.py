@@ -97,6 +97,26 @@ def test_what_ran_at_one_length_alone_has_no_figure_of_length(study):
 def test_an_unknown_study_has_a_section_of_its_own_name(study):
     other = study.assign(run=study["run"].str.replace("tiny-imagenet-cpu", "mine"))
     assert "\n## mine\n" in page(other)
+    flat = study[study["run"].str.startswith("tiny")].copy()
+    flat["run"] = [f"run{number}" for number in range(len(flat))]  # not in folders of studies
+    assert "Run on AMD EPYC, 1 thread, torch" in page(flat)
+
+
+def test_a_mean_near_the_goal_says_how_near_and_that_it_may_be_chance():
+    columns = ["data", "options", "epochs", "budget", "difference", "network", "setting"]
+    best = pd.DataFrame([["d", "", 20, "30 % macs", 0.295, "resnet20", "s"]], columns=columns)
+    summary = best.assign(part="best comparator")
+    row = {"data": "d", "options": "", "length": tables.length(20), "pairs": 1, "wins": 1, "losses": 0}
+
+    def said(difference, se):
+        reached = "yes" if difference >= 0.3 else "no"
+        return results_page._overall(row | {"difference": difference, "se": se, "reached": reached}, summary)
+
+    assert said(0.295, 0.2).endswith("is missed by 0.005, which may be chance.")
+    assert said(0.305, 0.001).endswith("is reached by 0.005.")
+    assert said(1.0, 0.1).endswith("is reached.")
+    assert said(0.0, 0.1).endswith("is missed.")
+    assert said(1.0, float("nan")).endswith("is reached, which may be chance.")
 
 
 def test_sentences_say_which_side_and_whether_it_may_be_chance():

@@ -27,6 +27,7 @@ GROUP = ["data", "network", "setting", "epochs", "recipe"]
 KEY = [*GROUP, "budget", "method", "options"]
 COSTS = ("macs", "params")
 GOAL, GOAL_DENSE = 0.3, -0.3  # points: ours - best comparator, mean over budgets; ours - dense at 50 % macs
+LONG = 10  # epochs from which a run says how good a network becomes, and no longer how soon it recovers
 
 
 def write(table: pd.DataFrame, name: str, folder: str | Path, *, missing: Iterable[str] = ()) -> str:

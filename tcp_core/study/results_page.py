@@ -117,7 +117,7 @@ def page(
             continue
         if (of := home[_key(rows)][1]) != shown:
             title, note = STUDIES.get(of, (of, ""))
-            machines = sorted(set(study[study["run"].str.startswith(f"{of}/")]["machine"]))
+            machines = sorted(set(study[study["run"].str.split("/").str[0] == of]["machine"]))
             text += [f"## {title}", f"{note} Run on {_listed(machines)}.".strip()]
             shown = of
         text += _section(name, rows, _of(study, rows), _of(pairs, rows), _of(summary, rows), place)
@@ -189,14 +189,13 @@ def _overall(row, summary):
     """Say what the mean over all settings of a data set is, and what it rests on."""
     best = _part(summary, "best comparator")
     best = best[(best["data"] == row["data"]) & (best["options"] == row["options"])]
-    best = best[(best["epochs"] >= tables.LONG) == row["length"].endswith("more")]
+    best = best[best["epochs"].map(tables.length) == row["length"]]
     se = "" if absent(row["se"]) else f", standard error {number(row['se'], 2)}"
     said = (
         f"**{', '.join(filter(None, [row['data'], row['options'], row['length']]))}.** Over "
         f"{_count(row['pairs'], 'budget')} in all settings ours is {_points(row['difference'])} the best comparator in "
-        f"the mean{se}: "
-        f"{_count(row['wins'], 'win')}, {_count(row['losses'], 'loss', 'losses')}. The goal, {number(GOAL, 1)} points "
-        f"above it, is {'reached' if row['reached'] == 'yes' else 'missed'}"
+        f"the mean{se}: {_count(row['wins'], 'win')}, {_count(row['losses'], 'loss', 'losses')}. The goal, "
+        f"{number(GOAL, 1)} points above it, is {'reached' if row['reached'] == 'yes' else 'missed'}"
     )
     beyond = row["difference"] - GOAL
     if number(row["difference"], 1) == number(GOAL, 1):

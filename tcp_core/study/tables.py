@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..maturity import phase_of
 from ..training.frames import training_cost
-from .pages import COSTS, GOAL, GOAL_DENSE, GROUP, KEY, METHODS, absent, heading, number
+from .pages import COSTS, GOAL, GOAL_DENSE, GROUP, KEY, LONG, METHODS, absent, heading, number
 from .published import ARCHITECTURES
 from .results import read_runs
 
@@ -33,8 +33,6 @@ IF_CHANGED = (
 OF_COMPARATORS = ("prune_at", "restart", "widths_of")
 OF_CONTROLLER = ("phase_start", "phase_end")
 OF_BOTH = ("multiple",)
-LONG = 10
-"""Epochs from which a run says how good a network becomes, and no longer how soon it recovers."""
 WORDS = {
     "phase_start": lambda share: f"phase from {100 * share:g} %",
     "phase_end": lambda share: f"to {100 * share:g} % of the run",
@@ -145,10 +143,8 @@ def summary(pairs: pd.DataFrame, *, goals: bool = True) -> pd.DataFrame:
     50 % macs", and "each comparator" over all budgets. A mean's standard error comes from `se_pooled`, as if its
     differences were independent. `goals`: whether to say if the goals were reached that the committed study set itself.
     """
-    length = np.where(pairs["epochs"] >= LONG, f"{LONG} epochs or more", f"fewer than {LONG} epochs")
-    pairs = pairs.assign(
-        length=length, pairs=1, wins=1 * (pairs["difference"] > 0), losses=1 * (pairs["difference"] < 0)
-    )
+    pairs = pairs.assign(pairs=1, wins=1 * (pairs["difference"] > 0), losses=1 * (pairs["difference"] < 0))
+    pairs["length"] = pairs["epochs"].map(length)
     rivals = pairs[pairs["rival"] != "dense"]
     ours = [*GROUP, "options"]
     best = rivals.loc[rivals.groupby([*ours, "budget"])["difference"].idxmin()] if len(rivals) else rivals
@@ -168,6 +164,11 @@ def summary(pairs: pd.DataFrame, *, goals: bool = True) -> pd.DataFrame:
     shown = ["options", "length", "budget", "rival", "options_rival", "accuracy", "n", "accuracy_rival", "n_rival"]
     shown += ["difference", "se", *count]
     return table[["part", *GROUP, *shown, *(("goal", "reached") if goals else ())]]
+
+
+def length(epochs: float) -> str:
+    """Return in words whether a run is a long one; see `LONG`."""
+    return f"{LONG} epochs or more" if epochs >= LONG else f"fewer than {LONG} epochs"
 
 
 def missing(table: pd.DataFrame) -> list[str]:
@@ -255,7 +256,7 @@ def _run(row, defaults):
     given = {**defaults, **own}
     phase = tuple(given.get(name) for name in OF_CONTROLLER)
     if given.get("weights") and not absent(row.get("steps")) and phase == phase_of(1.0, row["steps"]):
-        given |= {name: defaults[name] for name in OF_CONTROLLER}  # what it would have found for such a start by itself
+        given |= {name: defaults.get(name) for name in OF_CONTROLLER}  # as a trained network finds it by itself
     method, folders = row["method"], row["run"].split("/")
     rest = [
         name

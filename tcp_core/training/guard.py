@@ -22,12 +22,12 @@ class Guard:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.buffers = [(module, held) for module in network.modules() if (held := dict(module._buffers))]
-        # one copy of all that are alike: fifty small ones at every step are a sixth of what a GPU is asked to do
+        # one copy of all that are alike: one each would be fifty launches more at every step on a GPU
         alike: dict[tuple, list[Tensor]] = {}
         for _, held in self.buffers:
             for buffer in held.values():
                 if buffer is not None:
-                    plain = buffer.layout == torch.strided and not buffer.is_quantized
+                    plain = type(buffer) is Tensor and buffer.layout == torch.strided and not buffer.is_quantized
                     alike.setdefault((buffer.dtype, buffer.device) if plain else (id(buffer),), []).append(buffer)
         self.copies = [(buffers, _copied(buffers)) for buffers in alike.values()]
 
