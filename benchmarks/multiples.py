@@ -1,7 +1,8 @@
 """What widths in multiples cost in accuracy, and what they bring in time, at the same macs.
 
-On images at half resolution, from published CIFAR-10 weights that are trained on with them first, once. Each network is
-timed beside the dense one. Rows that are there are not run again.
+On images at half resolution, from published CIFAR-10 weights that are trained on with them first, once, or, where none
+are given, from a network that is trained here. Each network is timed beside the dense one. Rows that are there are not
+run again, and two processes of other networks may share the output.
 
     python benchmarks/multiples.py --data cifar10-jpeg --weights weights --out results/benchmarks/multiples.json
 """
@@ -13,7 +14,7 @@ import json
 from pathlib import Path
 
 import torch
-from same_latency import RECIPE, add, halves, written
+from same_latency import RECIPE, add, halves, started, written
 
 import tcp_core as tcp
 from tcp_core import nets
@@ -25,7 +26,8 @@ def main() -> None:
     """Run what is not in the output yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of images, such as cifar10-jpeg")
-    parser.add_argument("--weights", type=Path, required=True, help="folder with <network>-cifar10.safetensors")
+    parser.add_argument("--images", type=int, default=45_000, help="how many to train with; 5,000 others validate")
+    parser.add_argument("--weights", type=Path, help="folder with <network>-cifar10.safetensors; without: trained here")
     parser.add_argument("--network", default="resnet56", choices=list(nets.NETWORKS))
     parser.add_argument("--macs", nargs="+", type=float, default=[0.5])
     parser.add_argument("--multiples", nargs="+", type=int, default=[1, 8, 16, 4])
@@ -36,10 +38,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/multiples"), help="the networks that runs start from")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    train, val = halves(options.data)
-    model = started(options, train, val)
+    train, val = halves(options.data, options.images)
+    model = (adapted if options.weights else started)(options, train, val)
     for macs, seed, multiple in itertools.product(options.macs, options.seeds, options.multiples):
         key = {"network": options.network, "macs": macs, "multiple": multiple, "seed": seed, "epochs": options.epochs}
+        key |= {"images": options.images, "start": "published" if options.weights else "trained here"}
         if any(key.items() <= row.items() for row in written(options.out)["rows"]):
             continue
         how = {"epochs": options.epochs, "lr": 0.04, "seed": seed, "precision": options.precision, **RECIPE}
@@ -53,9 +56,9 @@ def main() -> None:
         add(options.out, row)
 
 
-def started(options: argparse.Namespace, train, val) -> torch.nn.Module:
-    """Return the network that all runs start from."""
-    start = options.work / f"{options.network}-{options.start_epochs}-epochs.pt"
+def adapted(options: argparse.Namespace, train, val) -> torch.nn.Module:
+    """Return the network that all runs start from: the published one, trained on with these images."""
+    start = options.work / f"{options.network}-published-{options.start_epochs}-epochs-{options.images}-images.pt"
     model = nets.build(options.network, num_classes=len(train.classes))
     if not start.exists():
         nets.load_weights(model, options.weights / f"{options.network}-cifar10.safetensors")

@@ -35,6 +35,7 @@ def main() -> None:
     """Run what is not in the output yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of images, such as cifar10-jpeg")
+    parser.add_argument("--images", type=int, default=45_000, help="how many to train with; 5,000 others validate")
     parser.add_argument("--network", default="resnet20", choices=list(nets.NETWORKS))
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.6, 0.4], help="of the dense network's latency")
@@ -51,7 +52,7 @@ def main() -> None:
         return
     if options.data is None:
         parser.error("--data is needed: the folder of images")
-    train, val = halves(options.data)
+    train, val = halves(options.data, options.images)
     model = started(options, train, val)
     example = train.pixels[:2].float()
     channels = tcp.trace(model, example)
@@ -61,6 +62,7 @@ def main() -> None:
     )
     for share, seed, method in itertools.product(options.shares, options.seeds, METHODS):
         key = {"network": options.network, "method": method, "latency": share, "seed": seed, "epochs": options.epochs}
+        key["images"] = options.images
         if any(key.items() <= row.items() for row in written(options.out)["rows"]):
             continue
         row, small = run(model, channels, place, train, val, key, options.precision)
@@ -111,11 +113,14 @@ def _cell(row: dict | None) -> str:
     return f"{said}, {row['ms'] / row['dense_ms']:.1%}"
 
 
-def halves(root: Path) -> list:
-    """Return training and validation images at half resolution."""
+def halves(root: Path, images: int) -> list:
+    """Return so many training images, evenly of each class, and 5,000 for validation, at half resolution."""
+    train, val = sources.image_folder(root).train.split(5000)
+    if images < len(train):
+        _, train = train.split(images)
     return [
         dataclasses.replace(part, pixels=F.avg_pool2d(part.pixels.float(), 2).round().to(torch.uint8))
-        for part in sources.image_folder(root).train.split(5000)
+        for part in (train, val)
     ]
 
 
@@ -123,7 +128,7 @@ def started(options: argparse.Namespace, train, val) -> torch.nn.Module:
     """Return the dense network that all runs start from, trained now if it is not there."""
     torch.manual_seed(0)
     model = nets.build(options.network, num_classes=len(train.classes))
-    start = options.work / f"{options.network}-{options.start_epochs}-epochs.pt"
+    start = options.work / f"{options.network}-{options.start_epochs}-epochs-{options.images}-images.pt"
     if not start.exists():
         result = tcp.fit(model, train, val, epochs=options.start_epochs, lr=0.1, precision=options.precision, **RECIPE)
         print(result.history.iloc[-1].to_dict(), flush=True)
