@@ -71,12 +71,10 @@ lab: $(INSTALLED) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 benchmark: $(INSTALLED) ## measure again what docs/benchmarks.md and docs/scale.md state (about forty minutes; DATA=folder of images for the input pipeline)
-	$(BIN)/python benchmarks/training_step.py --network resnet20 --out $(MEASURED)/training_step_resnet20.json \
-		--widths results/benchmarks/widths_resnet20.csv
-	$(BIN)/python benchmarks/training_step.py --network resnet56 --out $(MEASURED)/training_step_resnet56.json \
-		--widths results/benchmarks/widths_resnet56.csv
-	$(BIN)/python benchmarks/training_step.py --network resnet56 --out $(MEASURED)/training_step_resnet56_multiples_of_8.json \
-		--widths results/benchmarks/widths_resnet56.csv --multiple 8
+	for network in resnet20 resnet56; do \
+		$(BIN)/python benchmarks/training_step.py --network $$network --multiple 8 --out $(MEASURED)/training_step_$$network.json && \
+		$(BIN)/python benchmarks/training_step.py --network $$network --multiple 1 --out $(MEASURED)/training_step_$${network}_any_widths.json || exit 1; \
+	done
 	$(BIN)/python benchmarks/tracing_time.py --out $(MEASURED)/tracing_time.json
 	$(BIN)/python benchmarks/input_pipeline.py $(if $(DATA),--data "$(DATA)") --out $(MEASURED)/input_pipeline.json
 	$(BIN)/python benchmarks/large_images.py --out $(MEASURED)/large_images.json

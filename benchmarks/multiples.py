@@ -1,8 +1,9 @@
 """What widths in multiples cost in accuracy, and what they bring in time, at the same macs.
 
 On images at half resolution, from published CIFAR-10 weights that are trained on with them first, once, or, where none
-are given, from a network that is trained here. Each network is timed beside the dense one. Rows that are there are not
-run again, and two processes of other networks may share the output.
+are given, from a network that is trained here. Each network is timed beside the dense one on images of 32 x 32, and so
+is a step of its training. Rows that are there are not run again, and two processes of other networks may share the
+output.
 
     python benchmarks/multiples.py --data cifar10-jpeg --weights weights --out results/benchmarks/multiples.json
 """
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import torch
 from same_latency import RECIPE, add, halves, started, written
+from training_step import measure
 
 import tcp_core as tcp
 from tcp_core import nets
 
+SIZE = 32  # of the images that networks are timed with
 PLACES = [(backend, batch) for backend in ("onnxruntime", "torch") for batch in (1, 64)]
 
 
@@ -50,8 +53,12 @@ def main() -> None:
         last, report = result.history.iloc[-1], result.report
         row = key | {"start_epochs": options.start_epochs, "precision": options.precision}
         row |= {"train_loss": float(last["train_loss"]), "val_accuracy": float(last["val_accuracy"])}
-        row |= {"utilisation": report["utilisation"]["macs"], "widths": result.widths["tailored"].tolist()}
-        row["timings"] = list(timings(result.model, model, train.pixels[:2].float()))
+        row |= {
+            "utilisation": report["utilisation"]["macs"],
+            "widths": result.widths.set_index("layer")["tailored"].to_dict(),
+        }
+        row["timings"] = list(timings(result.model, model))
+        row["training"] = training(result.model, model)
         print(json.dumps(row), flush=True)
         add(options.out, row)
 
@@ -69,12 +76,21 @@ def adapted(options: argparse.Namespace, train, val) -> torch.nn.Module:
     return model
 
 
-def timings(small, dense, example: torch.Tensor):
+def timings(small: torch.nn.Module, dense: torch.nn.Module):
     """Yield, for each place, milliseconds of both networks, measured side by side, and their larger spread."""
+    example = torch.randn(2, 3, SIZE, SIZE)
     for backend, batch in PLACES:
         ours, whole = tcp.Latency(backend, batch=batch, threads=1, noise=1.0).timings([small, dense], example)
         spread = max(ours.spread, whole.spread)
         yield {"backend": backend, "batch": batch, "ms": ours.ms, "dense_ms": whole.ms, "spread": spread}
+
+
+def training(small: torch.nn.Module, dense: torch.nn.Module) -> dict[str, float]:
+    """Return what a step of the tailored network's training takes, of the dense one's, in fp32 on one thread."""
+    small, dense = copy.deepcopy(small), copy.deepcopy(dense)  # they are trained on
+    x = torch.randn(RECIPE["batch_size"], 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
+    y = torch.randint(10, (len(x),))
+    return measure(dense, tcp.trace(dense, x[:2]), small, x, y, "fp32", threads=1, repeats=7)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What tailoring costs and saves per training step, measured side by side in one process.
 
 For one network: a dense step, a gated step (the pruning phase), the controller's share of it, and a step of the
-tailored network, with the widths of a finished run. From these and the length of the phase follows the wall-clock of a
-whole tailored run over a dense run. Steps of all kinds are interleaved, and medians compared, so that other load on the
-machine hits them alike.
+tailored network, with the widths that a run of `multiples.py` left. From these and the length of the phase follows the
+wall-clock of a whole tailored run over a dense run. Steps of all kinds are interleaved, and medians compared, so that
+other load on the machine hits them alike.
 
-    python benchmarks/training_step.py --network resnet56 --widths results/runs/.../widths.csv --out build/step.json
+    python benchmarks/training_step.py --network resnet56 --multiple 8 --out build/step.json
 """
 
 import argparse
@@ -21,17 +21,21 @@ from torch.nn import functional as F
 
 import tcp_core as tcp
 from tcp_core import nets
+from tcp_core.maturity import phase_of
 from tcp_core.study.results import environment
 
-PHASE = (0.05, 0.3)
+RUN_STEPS = 7_020  # 20 epochs of CIFAR-10's training images without 5,000, in batches of 128
+PHASE = phase_of(1.0, RUN_STEPS)  # of a trained network
+WIDTHS = Path(__file__).resolve().parents[1] / "results" / "benchmarks" / "multiples.json"
 
 
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", required=True, choices=sorted(set(nets.NETWORKS) - {"small_resnet"}))
-    parser.add_argument("--widths", type=Path, required=True, help="widths.csv of a run of this network")
-    parser.add_argument("--multiple", type=int, default=1, help="round the widths to multiples of this, to compare")
+    parser.add_argument("--widths", type=Path, default=WIDTHS, help="what multiples.py left")
+    parser.add_argument("--macs", type=float, default=0.5, help="of which budget")
+    parser.add_argument("--multiple", type=int, default=8, help="of which widths")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--out", type=Path)
@@ -42,12 +46,15 @@ def main() -> None:
     y = torch.randint(10, (options.batch_size,))
     dense = nets.build(options.network, num_classes=10)
     channels = tcp.trace(dense, x[:2])
-    widths = pd.read_csv(options.widths).set_index("layer")["tailored"]
-    widths = ((widths / options.multiple).round() * options.multiple).clip(lower=options.multiple)
-    open_units = open_as_in(channels, widths)
+    key = {"network": options.network, "macs": options.macs, "multiple": options.multiple, "seed": 0}
+    rows = [row for row in json.loads(options.widths.read_text())["rows"] if key.items() <= row.items()]
+    if not rows:
+        parser.error(f"{options.widths} has no run of {key}: run multiples.py")
+    open_units = open_as_in(channels, pd.Series(rows[0]["widths"]))
+    small = tcp.remove(dense, channels, open_units)
     threads = sorted({1, torch.get_num_threads()})
     rows = [
-        measure(dense, channels, open_units, x, y, precision, count, options.repeats)
+        measure(dense, channels, small, x, y, precision, count, options.repeats)
         for precision in ("bf16", "fp32")
         for count in threads
     ]
@@ -61,6 +68,7 @@ def main() -> None:
             "macs": macs,
             "multiple": options.multiple,
             "batch_size": options.batch_size,
+            "phase": PHASE,
             "rows": rows,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -99,17 +107,19 @@ def open_as_in(channels: tcp.Channels, widths: pd.Series) -> torch.Tensor:
 def measure(
     dense: nn.Module,
     channels: tcp.Channels,
-    open_units: torch.Tensor,
+    small: nn.Module,
     x: torch.Tensor,
     y: torch.Tensor,
     precision: str,
     threads: int,
     repeats: int,
 ) -> dict[str, float]:
-    """Return the ratios of gated and tailored to dense steps, and the controller's share of a gated step."""
+    """Return the ratios of gated and tailored to dense steps, and the controller's share of a gated step.
+
+    Weights of both networks change.
+    """
     torch.set_num_threads(threads)
-    small = tcp.remove(dense, channels, open_units)
-    tailor = tcp.Tailor(dense, x[:2], budget={"macs": 0.5}, steps=10_000, phase=PHASE, channels=channels)
+    tailor = tcp.Tailor(dense, x[:2], budget={"macs": 0.5}, steps=RUN_STEPS, phase=PHASE, channels=channels)
     controller = tailor.controller
     controller.step_count = controller.start  # within the phase, where every interval is ranked
     controller.importance.uniform_()
