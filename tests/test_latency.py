@@ -345,8 +345,8 @@ def test_a_grid_has_the_steps_and_the_width_itself(width, step):
     coarse = grid(width, step, coarse=True)
     assert set(coarse) <= {*range(step, width, step), width}
     assert coarse[-1] == width
-    assert len(coarse) <= min(len(points), 13)
-    assert all(b <= max(2 * a, step) for a, b in zip(coarse, coarse[1:], strict=False))
+    assert len(coarse) <= min(len(points), 7)
+    assert all(b <= max(4 * a, step) for a, b in zip(coarse, coarse[1:], strict=False))
 
 
 @searched(25, 100, data=st.data(), steps=st.tuples(st.sampled_from([1, 4, 8]), st.sampled_from([1, 4, 8])))

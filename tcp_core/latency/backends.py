@@ -149,6 +149,7 @@ class OnnxRuntime:
         options.log_severity_level = 3
         if single := isinstance(module, SINGLE):  # of one sample: tracing sixty-four takes longer than timing them
             options.add_free_dimension_override_by_name("batch", len(inputs[0]))
+            options.enable_mem_pattern = False  # or the second call asks for memory anew, which takes longer than it
         file = _onnx(module, tuple(x[:1] for x in inputs) if single else inputs, any_batch=single)
         session = onnxruntime.InferenceSession(file, options, providers=[f"{self.provider}ExecutionProvider"])
         feed = {put.name: x.numpy() for put, x in zip(session.get_inputs(), inputs, strict=True)}

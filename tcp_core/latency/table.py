@@ -103,12 +103,13 @@ def layer_calls(model: nn.Module, args: tuple, kwargs: dict) -> list[LayerCall]:
 
 def grid(width: int, step: int, *, coarse: bool = False) -> list[int]:
     """Return widths to measure at: every step up to four, then growing by a half, and the width itself; with
-    ``coarse``, from one step on doubled.
+    ``coarse``, from one step on times four.
     """
-    points = {min(width, step * n) for n in ((1, 2, 4) if coarse else (1, 2, 3, 4))} | {width}
+    points = {width, *(min(width, step * n) for n in ((1,) if coarse else (1, 2, 3)))}
     point = 4.0 * step
-    while (point := point * (2 if coarse else 1.5)) < width:
+    while point < width:
         points.add(min(width, round(point / step) * step))
+        point *= 4 if coarse else 1.5
     return sorted(points)
 
 
