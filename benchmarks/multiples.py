@@ -22,16 +22,17 @@ import tcp_core as tcp
 from tcp_core import nets
 
 SIZE = 32  # of the images that networks are timed with
+NETWORKS = list(nets.NETWORKS)
 PLACES = [(backend, batch) for backend in ("onnxruntime", "torch") for batch in (1, 64)]
 
 
 def main() -> None:
     """Run what is not in the output yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of images, such as cifar10-jpeg")
+    parser.add_argument("--data", type=Path, help="folder of images, such as cifar10-jpeg")
     parser.add_argument("--images", type=int, default=45_000, help="how many to train with; 5,000 others validate")
     parser.add_argument("--weights", type=Path, help="folder with <network>-cifar10.safetensors; without: trained here")
-    parser.add_argument("--network", default="resnet56", choices=list(nets.NETWORKS))
+    parser.add_argument("--network", default="resnet56", choices=NETWORKS)
     parser.add_argument("--macs", nargs="+", type=float, default=[0.5])
     parser.add_argument("--multiples", nargs="+", type=int, default=[1, 8, 16, 4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -40,7 +41,13 @@ def main() -> None:
     parser.add_argument("--start-epochs", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/multiples"), help="the networks that runs start from")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--show", action="store_true", help="print what there is as a table, run nothing")
     options = parser.parse_args()
+    if options.show:
+        print(table(written(options.out)["rows"]))
+        return
+    if options.data is None:
+        parser.error("--data is needed: the folder of images")
     train, val = halves(options.data, options.images)
     model = (adapted if options.weights else started)(options, train, val)
     for macs, seed, multiple in itertools.product(options.macs, options.seeds, options.multiples):
@@ -61,6 +68,34 @@ def main() -> None:
         row["training"] = training(result.model, model)
         print(json.dumps(row), flush=True)
         add(options.out, row)
+
+
+def table(rows: list[dict]) -> str:
+    """Return the rows as a table in Markdown; times are the dense network's over those of the tailored one."""
+    head = [
+        "network, budget",
+        "widths",
+        "loss / accuracy",
+        "macs used",
+        *(f"{place}, {batch}" for place, batch in PLACES),
+    ]
+    lines = [f"| {' | '.join([*head, 'training step'])} |", "| --- | --- |" + " --: |" * (len(head) - 1)]
+    first = dict.fromkeys(("network", "macs", "seed"))
+    for row in sorted(
+        rows, key=lambda row: (NETWORKS.index(row["network"]), -row["macs"], row["multiple"], row["seed"])
+    ):
+        same = all(row[name] == value for name, value in first.items())
+        first = {name: row[name] for name in first}
+        cells = [
+            "" if same else f"{row['network']}, {row['macs']:.0%}" + (f", seed {row['seed']}" if row["seed"] else "")
+        ]
+        cells.append("any" if row["multiple"] == 1 else f"multiples of {row['multiple']}")
+        cells.append(f"{row['train_loss']:.3f} / {row['val_accuracy']:.1%}")
+        cells.append(f"{row['utilisation'] * row['macs']:.1%}")
+        cells += [f"{each['dense_ms'] / each['ms']:.2f}" for each in row["timings"]]
+        cells.append(f"{1 / row['training']['tailored_over_dense']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def adapted(options: argparse.Namespace, train, val) -> torch.nn.Module:
