@@ -21,6 +21,7 @@ from tcp_core import nets
 from tcp_core.controller import Controller
 from tcp_core.cost import Budget
 from tcp_core.latency import clock as clocks
+from tcp_core.latency import place as places
 from tcp_core.latency import table as tables
 from tcp_core.latency.clock import timed
 from tcp_core.latency.model import Grids
@@ -455,6 +456,15 @@ def test_a_progress_bar_says_how_far_it_is(resnet, capsys):
     model, channels = resnet
     tcp.Latency(of_layer_too).cost(model, channels)
     assert re.search(r"timing layers: 100%.*layers", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_run_that_waits_for_measurements_says_so(resnet, capsys, monkeypatch, shown):
+    model, channels = resnet
+    monkeypatch.setattr(places, "LONG_WAIT", -1.0)
+    cost = tcp.Latency(of_layer_too, progress=shown).cost(model, channels)
+    cost.calibrate(required_units(channels, 1, 1))
+    assert ("measured a network beside the dense one" in capsys.readouterr().err) == shown
 
 
 # -------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import copy
 import hashlib
 import math
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +30,9 @@ from .table import STEPS, LayerCall, Table, fill_in, layer_calls, step_in
 TIMED = ("convolution", "addmm", "mm", "linear")
 """Endings of the operators of layers, which are timed; all others move memory."""
 
+LONG_WAIT = 20.0
+"""Seconds of one measurement of whole networks from which it is told, where progress is."""
+
 PROBES = 12
 """Networks that a callable is asked about where it cannot time layers."""
 
@@ -49,7 +54,7 @@ class Latency:
             one for each place, in the user's cache folder. A callable's measurements are kept only if a file is given.
         noise: the largest spread of repeated measurements that is accepted before training, as a fraction.
         seconds: what one measurement of a network takes at least.
-        progress: show a progress bar while layers are timed.
+        progress: show a progress bar while layers are timed, and a line for each network whose measurement took long.
 
     Raises:
         LatencyError: if the backend is not installed or has no such device.
@@ -99,7 +104,7 @@ class Latency:
         calls = [call for call in layer_calls(model, args, kwargs) if _units(channels, call) is not None]
 
         def measure(open_units: Tensor) -> tuple[Timing, Timing]:
-            return self._on_first(lambda: tuple(self.networks(model, channels, [open_units, None])))
+            return self._on_first(lambda: self._beside_dense(model, channels, open_units))
 
         if self.backend.times_layers:
             self.table = self._on_first(lambda: self._filled(calls))
@@ -127,6 +132,19 @@ class Latency:
         fill_in(self.table, calls, self.backend, self.batch, self.progress)
         self.table.save()
         return self.table
+
+    def _beside_dense(self, model: nn.Module, channels: Channels, open_units: Tensor) -> tuple[Timing, Timing]:
+        """Return the times of one network and of the dense one; say so where they took long, for the run waits."""
+        started = time.perf_counter()
+        timing, dense = self.networks(model, channels, [open_units, None])
+        from tqdm import tqdm
+
+        if self.progress and (took := time.perf_counter() - started) > LONG_WAIT:
+            tqdm.write(
+                f"measured a network beside the dense one, {timing.ms:.4g} and {dense.ms:.4g} ms, in {took:.0f} s",
+                file=sys.stderr,
+            )
+        return timing, dense
 
     def networks(self, model: nn.Module, channels: Channels, sets: Sequence[Tensor | None]) -> list[Timing]:
         """Return the time of the network of each set of units (None: the dense one), measured side by side."""
