@@ -18,6 +18,11 @@ PATIENCE = 4
 """At most so many times the rounds are taken of whole networks that disagree by more than that."""
 
 
+LONGEST = 30
+"""At most so many times the seconds asked for are taken of networks that disagree, once there are three rounds: one
+that takes ten seconds a call would keep a training run waiting for hours."""
+
+
 class LatencyError(RuntimeError):
     """Latency cannot be measured here, or not well enough; the message says what to do."""
 
@@ -45,18 +50,20 @@ def timed(
     Medians of minima: each round keeps the fastest of a few calls, for whatever else runs can only add; the median over
     rounds is reported, and as spread the distance of the quartiles. ``seconds`` is about what all of it
     takes, if the calls do not take longer: then three rounds of one call each will do where they agree. Where they do
-    not, up to ``patience`` times the rounds are taken.
+    not, up to ``patience`` times the rounds are taken, for at most ``LONGEST`` times the seconds.
     """
-    for run in [*runs, *runs]:
-        run()  # the first call chooses kernels, the second allocates by what the first one used
+    for _ in range(2):  # the first call chooses kernels, the second allocates by what the first one used
+        for run in runs:
+            run()
     share = seconds / rounds / len(runs)
     minima: list[list[float]] = []
     started = time.perf_counter()
     while len(minima) < patience * rounds:
         minima.append([_fastest(run, share) for run in runs])
-        late = time.perf_counter() - started > 3 * seconds and len(minima) >= 3
-        enough = late or len(minima) >= rounds
-        if enough and all(timing.spread <= AGREE for timing in side_by_side(minima)):
+        took = time.perf_counter() - started
+        if len(minima) < (3 if took > 3 * seconds else rounds):
+            continue
+        if took > LONGEST * seconds or all(timing.spread <= AGREE for timing in side_by_side(minima)):
             break
     return side_by_side(minima)
 
