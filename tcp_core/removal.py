@@ -136,16 +136,22 @@ def paddings(model: nn.Module, channels: Channels, open_units: Tensor) -> dict[s
 
 def check_same_model(model: nn.Module, channels: Channels) -> None:
     """Raise ValueError unless ``model`` has the parameters and buffers (names and shapes) that were traced."""
-    shapes = tensor_shapes(model)
-    if shapes != dict(channels.shapes):
-        names = sorted(
-            name for name in shapes.keys() | channels.shapes.keys() if shapes.get(name) != channels.shapes.get(name)
-        )
-        name = names[0]
+    if names := differing(model, channels):
+        name, shapes = names[0], tensor_shapes(model)
         raise ValueError(
             f"this is not the model that was traced: {name!r} has shape {shapes.get(name, 'absent')} here and "
             f"{channels.shapes.get(name, 'absent')} in the trace; trace this model and use that."
         )
+
+
+def differing(model: nn.Module, channels: Channels) -> list[str]:
+    """Return the names of parameters and buffers that ``model`` and the traced one do not both have in one shape.
+
+    A buffer without units may have another shape: a forward pass can make it anew, for images of another size.
+    """
+    here, traced = tensor_shapes(model), channels.shapes
+    remade = {name for name, _ in model.named_buffers(remove_duplicate=False)} & traced.keys() - channels.slots.keys()
+    return sorted(name for name in (here.keys() | traced.keys()) - remade if here.get(name) != traced.get(name))
 
 
 def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

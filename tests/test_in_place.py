@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from cases import some_of
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from zoo import random_open
 
-from tcp_core import RemovalError, Tailor, shrinking
+from tcp_core import RemovalError, Tailor, remove, shrinking, trace
 from tcp_core.carrying import Cuts, cut_value, take
 from tcp_core.maturity import PHASE_TRAINED
 from tcp_core.removal import dense_shapes
@@ -687,3 +688,45 @@ def test_tailoring_is_silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(tailor, sgd(model.parameters()))
+
+
+class Grid(nn.Module):
+    """Weighs pixels by where they are; the buffer is made by the first forward pass, for its size."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("grid", torch.zeros(1, 1, 1, 1), persistent=False)
+
+    def forward(self, x):
+        if self.grid.shape[2:] != x.shape[2:]:
+            self.grid = torch.linspace(0, 1, x.shape[-1]).expand(1, 1, *x.shape[2:]).clone()
+        return x * (1 + self.grid)
+
+
+def test_buffers_that_a_forward_pass_makes_anew_are_no_other_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), Grid(), nn.Conv2d(16, 8, 3), nn.Flatten())
+    x = torch.randn(4, 3, 8, 8)
+    average = AveragedModel(model, use_buffers=False)
+    channels = trace(model, x)
+    assert model[2].grid.numel() == 1  # tracing leaves no trace
+    open_units = random_open(channels, 0.5)
+    small = remove(model, channels, open_units)
+    with torch.no_grad():
+        wide = small(torch.randn(1, 3, 16, 12))
+    assert wide.shape[0] == 1
+    assert small[0].out_channels == int(open_units[channels.families[0].units].sum()) < 16
+    other = copy.deepcopy(model)
+    other[2].register_buffer("other", torch.zeros(1))
+    with pytest.raises(ValueError, match=r"not the model that was traced: '2\.other'"):
+        remove(other, channels, open_units)
+    tailor = Tailor(model, x, budget={"macs": 0.5}, steps=100)
+    tailor.carry(average)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for _ in range(100):
+        loss = tailor(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        tailor.step()
+    assert tailor.finish()[0].out_channels == average.module[0].out_channels < 16

@@ -305,6 +305,8 @@ KNOWN = [
     ("scale", {"kind": "gamma"}, 6 + 4),
     ("scale", {"kind": "last"}, 6 + 4),
     ("scale", {"kind": "scalar"}, 6 + 4),
+    ("scale", {"kind": "per_pixel"}, 6 + 4),
+    ("buffered", {"pixels": True}, 6 + 4),
     ("scale", {"kind": "bias"}, 6 + 4),
     ("scale", {"kind": "position"}, 6 + 4),
     ("shuffle", {"groups": 2}, 3 + 4),

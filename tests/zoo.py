@@ -1,9 +1,11 @@
-"""The classification networks of torchvision, with what the exactness checks on them share.
+"""The classification networks of torchvision and timm, with what the exactness checks on them share.
 
 `exactness(name, subsets)` traces one network and compares, for random sets of closed units, the closed network with the
 removed one, and the predicted cost with torch's own counters.
 """
 
+import contextlib
+import re
 import time
 
 import torch
@@ -49,8 +51,32 @@ def names(max_params=MAX_PARAMS):
     return sorted((name for name in params if params[name] <= max_params), key=lambda name: (params[name], name))
 
 
+def timm_names(max_params=60e6):
+    """Return "timm:NAME" of the smallest network of each of timm's families, a module of its own each."""
+    import timm
+
+    smallest = {}
+    large = re.compile("base|large|huge|giant|xl|so[0-9]+m|[0-9]{3}m$")  # by name, as building each takes minutes
+    for name in timm.list_models():
+        if large.search(name):
+            continue
+        with torch.device("meta"), contextlib.suppress(Exception):  # a few cannot be built there
+            params = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+            if params <= max_params:
+                family = timm.model_entrypoint(name).__module__
+                smallest[family] = min(smallest.get(family, (params, name)), (params, name))
+    return [f"timm:{name}" for _, name in sorted(smallest.values())]
+
+
 def image_size(name):
-    """Return the smallest image that network `name` takes in training and in evaluation mode."""
+    """Return the smallest image that network `name` takes in training and in evaluation mode; of timm's its own, 256
+    at most where that is allowed.
+    """
+    if name.startswith("timm:"):
+        import timm
+
+        settings = timm.get_pretrained_cfg(name.removeprefix("timm:"))
+        return settings.input_size[-1] if settings.fixed_input_size else min(settings.input_size[-1], 256)
     if name == "inception_v3":
         return 299  # its auxiliary classifier, used in training
     if name == "maxvit_t":
@@ -67,12 +93,17 @@ def build(name, seed=0, size=None):
         options["image_size"] = size or image_size(name)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = torchvision.models.get_model(name, weights=None, **options)
+        if name.startswith("timm:"):
+            import timm
+
+            model = timm.create_model(name.removeprefix("timm:"), num_classes=CLASSES)
+        else:
+            model = torchvision.models.get_model(name, weights=None, **options)
         for key, parameter in model.named_parameters():
             if key.endswith("layer_scale"):  # 1e-6 at the start, which would hide the whole block
                 parameter.uniform_(0.5, 1)
-            elif not parameter.any() and parameter.dim() > 1:
-                parameter.normal_(0, 0.1)  # the transformers' last layer starts at zero
+            elif parameter.abs().max() < 1e-3 and parameter.dim() > 1:
+                parameter.normal_(0, 0.1)  # the transformers' last layer starts at zero, timm's scales at 1e-6
             elif parameter.dim() == 1:
                 parameter.uniform_(0.5, 1) if key.endswith("weight") else parameter.normal_(0, 0.3)
         for module in model.modules():
@@ -97,14 +128,19 @@ def counted(model, x):
     """Return the cost by torch's own counters: macs of one sample in evaluation mode, and parameters."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     modes = {module: module.training for module in model.modules()}
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.backends.mha.set_fastpath_enabled(False)  # its fused kernels are not counted
     try:
+        for parameter in learned:
+            parameter.requires_grad_(False)  # the counter cannot take one that is handed from module to module
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model.eval()(x[:1].clone())
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for module, training in modes.items():
             module.training = training
+        for parameter in learned:
+            parameter.requires_grad_(True)
     macs, remainder = divmod(counter.get_total_flops(), 2)
     assert remainder == 0
     return {"macs": macs, "params": sum(parameter.numel() for parameter in model.parameters())}

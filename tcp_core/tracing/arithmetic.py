@@ -40,17 +40,14 @@ def pointwise(ids: Identities, call: Call) -> None:
         return ids.unknown(call)
     shapes = [(1,) * (out.ndim - tensor.ndim) + tuple(tensor.shape) for tensor in tensors]
     codes = [None if c is None else c.reshape(shape) for c, shape in zip(codes, shapes, strict=True)]
-    varying = [dim for dim in range(out.ndim) if any(c is not None and varies(c, dim) for c in codes)]
+    apart(ids, call, codes, shapes)
+    varying = dims_that_vary(codes, out.ndim)
     sizes = [size if dim in varying else 1 for dim, size in enumerate(out.shape)]
     at = tuple(slice(None) if dim in varying else slice(0, 1) for dim in range(out.ndim))
     pattern = torch.zeros((), dtype=torch.int64)  # one bit an operand: may be non-zero though its channel is closed
     views: list[Tensor] = []
     attribute = ""
     for bit, (code, shape) in enumerate(zip(codes, shapes, strict=True)):
-        if code is not None and any(shape[dim] == 1 < out.shape[dim] for dim in varying):
-            # One value for all channels of the others: if it is a channel itself, it must stay.
-            ids.freeze(labels_in(code), call.name)
-            code = None
         if code is not None:
             small = code[at].expand(sizes)
             pattern = pattern | (small & 1) << bit
@@ -66,7 +63,11 @@ def pointwise(ids: Identities, call: Call) -> None:
     for each in views:
         ids.tie_positions(each, label, attribute)
     unsafe = torch.zeros_like(pattern)
-    parameters = {1 << bit: name for bit, tensor in enumerate(tensors) if (name := ids.parameter(tensor)) is not None}
+    parameters = {
+        1 << bit: name
+        for bit, tensor in enumerate(tensors)
+        if codes[bit] is not None and (name := ids.parameter(tensor)) is not None
+    }
     for value in pattern.unique().tolist():
         safe = keeps_zero(call, value)
         if not safe and parameters and keeps_zero(call, value & ~sum(parameters)):
@@ -78,6 +79,28 @@ def pointwise(ids: Identities, call: Call) -> None:
         ids.change(out, result, call.name)
     else:
         ids.set(out, result)
+
+
+def apart(ids: Identities, call: Call, codes: list[Tensor | None], shapes: list[tuple[int, ...]]) -> None:
+    """Freeze operands with one value for all channels of another, and take their codes away: if such a value is a
+    channel itself, it must stay.
+
+    What parameters and buffers hold comes first. A map of weights for pixels, ``[1, 1, H, W]``, has entries that could
+    be channels, but those it meets are: they stay free.
+    """
+    for held in (True, False):
+        varying = dims_that_vary(codes, call.out.ndim)
+        for position, (tensor, shape) in enumerate(zip(call.tensors, shapes, strict=True)):
+            if codes[position] is None or (tensor in ids.names) != held:
+                continue
+            if any(shape[dim] == 1 < call.out.shape[dim] for dim in varying):
+                ids.freeze(labels_in(codes[position]), call.name)
+                codes[position] = None
+
+
+def dims_that_vary(codes: list[Tensor | None], ndim: int) -> list[int]:
+    """Return the dimensions along which some of the codes hold channels."""
+    return [dim for dim in range(ndim) if any(c is not None and varies(c, dim) for c in codes)]
 
 
 def keeps_zero(call: Call, pattern: int) -> bool:

@@ -242,12 +242,13 @@ class Scale(nn.Module):
 
 @block
 class Buffered(nn.Module):
-    """A buffer per channel: normalisation by stored numbers, persistent or not."""
+    """A buffer per channel, or per pixel: normalisation by stored numbers, a window; persistent or not."""
 
-    def __init__(self, x, persistent=True, shift=False):
+    def __init__(self, x, persistent=True, shift=False, pixels=False):
         super().__init__()
         self.shift = shift
-        self.register_buffer("factor", torch.rand(x.size(1), 1, 1) + 0.5, persistent=persistent)
+        shape = (1, 1, *x.shape[2:]) if pixels else (x.size(1), 1, 1)
+        self.register_buffer("factor", torch.rand(shape) + 0.5, persistent=persistent)
 
     def forward(self, x):
         return x - self.factor if self.shift else x * self.factor

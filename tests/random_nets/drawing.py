@@ -223,7 +223,7 @@ _ODD_LAYERS = st.one_of(
             "spectral",
         ),
     ),
-    _options("buffered", persistent=_BOOL, shift=_BOOL),
+    _options("buffered", persistent=_BOOL, shift=_BOOL, pixels=_BOOL),
     _options(
         "groupedview",
         groups=_one_of(2, 4),
