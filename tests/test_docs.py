@@ -137,16 +137,24 @@ def test_the_measured_cost_of_a_run(network, what):
         assert f"{measured['run_over_dense_run']:.2f} ({measured['threads']}" in row
 
 
-def test_what_the_zoo_showed():
-    with (ROOT / "results" / "benchmarks" / "zoo_exactness.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+@pytest.mark.parametrize(
+    ("file", "networks"),
+    [("zoo_exactness.csv", "all {} torchvision classifiers"), ("zoo_exactness_timm.csv", "{} of timm's families")],
+)
+def test_what_the_zoo_showed(file, networks):
+    with (ROOT / "results" / "benchmarks" / file).open(newline="") as table:
+        rows = list(csv.DictReader(table))
     error = max(float(row["max_relative_error"]) for row in rows)
     costs = sum(int(row["subsets"]) + 1 for row in rows)
     mismatches = sum(int(row["cost_mismatches"]) for row in rows)
     text = read("docs/benchmarks.md")
-    assert f"all {len(rows)} torchvision classifiers" in text
-    assert f"largest difference {error:.1e}".replace("e-0", "e-") in text
-    assert f"{mismatches} of {costs:,} costs" in text
+    line = next(line for line in text.splitlines() if networks.format(len(rows)) in line)
+    assert f"largest difference {error:.1e}".replace("e-0", "e-") in line
+    assert f"{mismatches} of {costs:,} costs" in line
+    assert all(float(row["least_effect"]) > 0 for row in rows if row["prunable"] != "0")  # else nothing was compared
+    none, few = (sum(int(row["prunable"]) <= share * int(row["units"]) for row in rows) for share in (0, 0.5))
+    if few:
+        assert f"In {none} of timm's networks nothing can go, in {few - none} more less than half" in text
 
 
 def test_the_estimate_for_imagenet():

@@ -270,3 +270,13 @@ def test_the_report_names_what_a_budget_left_narrow_and_the_cost_that_it_forgot(
     text = repr(report)
     assert "fewer than 8 channels: 2 (b: 1 of 12, a: 3 of 8)" in text
     assert re.search(r"params has no bound of its own and fell to \d+\.\d%: give it one, or min_width", text)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 8, 8), (8,)])
+def test_what_all_channels_share_and_adds_to_them_keeps_them_though_it_is_zero_now(shape):
+    shift = nn.Parameter(torch.zeros(shape))  # training moves it, and no channel can have a gate of it
+    net = Net(lambda net, x: x + net.shift)
+    net.shift = shift
+    channels = trace(net, X)
+    assert not channels.prunable[channels.families[0].units].any()
+    assert "not zero when closed" in str(channels.explain())
