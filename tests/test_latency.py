@@ -773,6 +773,20 @@ def test_the_page_has_the_table_of_the_benchmark():
     assert "The tables of ResNet-50 took {:.0f} s, {:.0f} s, {:.0f} s and {:.0f} s".format(*took) in page
 
 
+def test_what_multiples_cost_and_bring_is_as_the_pages_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # it takes parts of the others
+    rows = json.loads((ROOT / "results" / "benchmarks" / "multiples.json").read_text())["rows"]
+    assert between((ROOT / "docs" / "deployment.md").read_text(), "multiples") == script("multiples").table(rows)
+    speed = (ROOT / "docs" / "benchmarks.md").read_text()
+    for row in rows:
+        if "refused" not in row:
+            assert 0.98 < row["utilisation"] <= 1
+            line = next(
+                line for line in speed.splitlines() if line.endswith("| `multiples.py` |") and row["network"] in line
+            )
+            assert f"{row['training']['run_over_dense_run']:.2f} ({row['multiple']})" in line
+
+
 def test_one_shot_comparators_have_the_same_table_and_loop(resnet):
     model, channels = resnet
     prune = pruner("uniform_l1", {"latency": 0.5}, latency=place(of_layer_too))
