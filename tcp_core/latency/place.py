@@ -137,9 +137,9 @@ class Latency:
         """Return the times of one network and of the dense one; say so where they took long, for the run waits."""
         started = time.perf_counter()
         timing, dense = self.networks(model, channels, [open_units, None])
-        from tqdm import tqdm
-
         if self.progress and (took := time.perf_counter() - started) > LONG_WAIT:
+            from tqdm import tqdm
+
             tqdm.write(
                 f"measured a network beside the dense one, {timing.ms:.4g} and {dense.ms:.4g} ms, in {took:.0f} s",
                 file=sys.stderr,
