@@ -70,7 +70,7 @@ lint: $(INSTALLED) ## style of code and notebooks
 lab: $(INSTALLED) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
-benchmark: $(INSTALLED) ## measure again what docs/benchmarks.md and docs/scale.md state (about forty minutes; DATA=folder of images for the input pipeline)
+benchmark: $(INSTALLED) ## measure again what docs/benchmarks.md and docs/scale.md state (about an hour; DATA=folder of images for the input pipeline)
 	for network in resnet20 resnet56; do \
 		$(BIN)/python benchmarks/training_step.py --network $$network --multiple 8 --out $(MEASURED)/training_step_$$network.json && \
 		$(BIN)/python benchmarks/training_step.py --network $$network --multiple 1 --out $(MEASURED)/training_step_$${network}_any_widths.json || exit 1; \
@@ -84,6 +84,7 @@ benchmark: $(INSTALLED) ## measure again what docs/benchmarks.md and docs/scale.
 	done
 	$(BIN)/python benchmarks/scale.py --out $(MEASURED)/scale.json
 	$(BIN)/python benchmarks/zoo_exactness.py --out $(MEASURED)/zoo_exactness.csv
+	$(BIN)/python benchmarks/zoo_exactness.py --timm --subsets 5 --out $(MEASURED)/zoo_exactness_timm.csv
 
 clean: ## remove what the targets made, but for .venv
 	rm -rf build dist .snakemake .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import torch
-from same_latency import RECIPE, add, halves, started, written
+from same_latency import RECIPE, add, given, halves, started, written
 from training_step import measure
 
 import tcp_core as tcp
@@ -29,25 +29,14 @@ PLACES = [(backend, batch) for backend in ("onnxruntime", "torch") for batch in 
 def main() -> None:
     """Run what is not in the output yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of images, such as cifar10-jpeg")
-    parser.add_argument("--images", type=int, default=45_000, help="how many to train with; 5,000 others validate")
     parser.add_argument("--weights", type=Path, help="folder with <network>-cifar10.safetensors; without: trained here")
     parser.add_argument("--network", default="resnet56", choices=NETWORKS)
     parser.add_argument("--macs", nargs="+", type=float, default=[0.5])
     parser.add_argument("--multiples", nargs="+", type=int, default=[1, 8, 16, 4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--start-epochs", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/multiples"), help="the networks that runs start from")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--show", action="store_true", help="print what there is as a table, run nothing")
-    options = parser.parse_args()
-    if options.show:
-        print(table(written(options.out)["rows"]))
-        return
-    if options.data is None:
-        parser.error("--data is needed: the folder of images")
+    options = given(parser, table)
     train, val = halves(options.data, options.images)
     model = (adapted if options.weights else started)(options, train, val)
     for macs, seed, multiple in itertools.product(options.macs, options.seeds, options.multiples):

@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,24 +35,13 @@ MACS = [round(0.1 * 1.06**step, 3) for step in range(31)]  # shares that are tri
 def main() -> None:
     """Run what is not in the output yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of images, such as cifar10-jpeg")
-    parser.add_argument("--images", type=int, default=45_000, help="how many to train with; 5,000 others validate")
     parser.add_argument("--network", default="resnet20", choices=list(nets.NETWORKS))
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.6, 0.4], help="of the dense network's latency")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--start-epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=64, help="at which latency is measured")
     parser.add_argument("--work", type=Path, default=Path("build/same_latency"), help="trained networks and tables")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--show", action="store_true", help="print what there is as a table, run nothing")
-    options = parser.parse_args()
-    if options.show:
-        print(table(written(options.out)["rows"]))
-        return
-    if options.data is None:
-        parser.error("--data is needed: the folder of images")
+    options = given(parser, table)
     train, val = halves(options.data, options.images)
     model = started(options, train, val)
     example = train.pixels[:2].float()
@@ -75,6 +65,23 @@ def main() -> None:
         }
         print(json.dumps({name: value for name, value in row.items() if name != "history"}), flush=True)
         add(options.out, row | {"start_epochs": options.start_epochs, "precision": options.precision})
+
+
+def given(parser: argparse.ArgumentParser, table: Callable[[list[dict]], str]) -> argparse.Namespace:
+    """Return what the benchmark was told, with what all that train on halved images are; or show its table and end."""
+    parser.add_argument("--data", type=Path, help="folder of images, such as cifar10-jpeg")
+    parser.add_argument("--images", type=int, default=45_000, help="how many to train with; 5,000 others validate")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--show", action="store_true", help="print what there is as a table, run nothing")
+    options = parser.parse_args()
+    if options.show:
+        print(table(written(options.out)["rows"]))
+        parser.exit()
+    if options.data is None:
+        parser.error("--data is needed: the folder of images")
+    return options
 
 
 def written(out: Path) -> dict:

@@ -136,7 +136,7 @@ def paddings(model: nn.Module, channels: Channels, open_units: Tensor) -> dict[s
 
 def check_same_model(model: nn.Module, channels: Channels) -> None:
     """Raise ValueError unless ``model`` has the parameters and buffers (names and shapes) that were traced."""
-    if names := differing(model, channels):
+    if names := misfits(model, channels):
         name, shapes = names[0], tensor_shapes(model)
         raise ValueError(
             f"this is not the model that was traced: {name!r} has shape {shapes.get(name, 'absent')} here and "
@@ -144,7 +144,7 @@ def check_same_model(model: nn.Module, channels: Channels) -> None:
         )
 
 
-def differing(model: nn.Module, channels: Channels) -> list[str]:
+def misfits(model: nn.Module, channels: Channels) -> list[str]:
     """Return the names of parameters and buffers that ``model`` and the traced one do not both have in one shape.
 
     A buffer without units may have another shape: a forward pass can make it anew, for images of another size.

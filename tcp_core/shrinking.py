@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .carrying import Cuts, cut_optimizer, held, state_tensors
 from .channels import Channels
-from .removal import check_same_model, differing, own_tensors, paddings, remembered, remove, sizes
+from .removal import check_same_model, misfits, own_tensors, paddings, remembered, remove, sizes
 
 Average = nn.Module | Mapping[str, Tensor]
 
@@ -127,7 +127,7 @@ def network_in(average: Average, channels: Channels) -> Average:
     """
     if isinstance(average, nn.Module):
         for module in average.modules():
-            if not differing(module, channels):
+            if not misfits(module, channels):
                 return module
         raise ValueError(
             f"{type(average).__name__} holds no copy of the network: carry(...) takes averages such as "

@@ -40,7 +40,7 @@ def pointwise(ids: Identities, call: Call) -> None:
         return ids.unknown(call)
     shapes = [(1,) * (out.ndim - tensor.ndim) + tuple(tensor.shape) for tensor in tensors]
     codes = [None if c is None else c.reshape(shape) for c, shape in zip(codes, shapes, strict=True)]
-    apart(ids, call, codes, shapes)
+    set_apart(ids, call, codes, shapes)
     varying = dims_that_vary(codes, out.ndim)
     sizes = [size if dim in varying else 1 for dim, size in enumerate(out.shape)]
     at = tuple(slice(None) if dim in varying else slice(0, 1) for dim in range(out.ndim))
@@ -81,16 +81,17 @@ def pointwise(ids: Identities, call: Call) -> None:
         ids.set(out, result)
 
 
-def apart(ids: Identities, call: Call, codes: list[Tensor | None], shapes: list[tuple[int, ...]]) -> None:
+def set_apart(ids: Identities, call: Call, codes: list[Tensor | None], shapes: list[tuple[int, ...]]) -> None:
     """Freeze operands with one value for all channels of another, and take their codes away: if such a value is a
     channel itself, it must stay.
 
     What parameters and buffers hold comes first. A map of weights for pixels, ``[1, 1, H, W]``, has entries that could
     be channels, but those it meets are: they stay free.
     """
+    tensors = call.tensors
     for held in (True, False):
         varying = dims_that_vary(codes, call.out.ndim)
-        for position, (tensor, shape) in enumerate(zip(call.tensors, shapes, strict=True)):
+        for position, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
             if codes[position] is None or (tensor in ids.names) != held:
                 continue
             if any(shape[dim] == 1 < call.out.shape[dim] for dim in varying):
