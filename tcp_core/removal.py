@@ -113,8 +113,11 @@ def sizes(module: nn.Module, shape: Callable[[Tensor], torch.Size]) -> dict[str,
         return {} if sized is None else {"num_features": shape(sized)[0]}
     if weight is None:
         return {}
+    # Whole groups leave together, so channels per group stay: groups shrink in step with the grouped dimension.
+    if isinstance(module, nn.GroupNorm):
+        channels = shape(weight)[0]
+        return {"num_groups": module.num_groups * channels // weight.shape[0], "num_channels": channels}
     if isinstance(module, nn.modules.conv._ConvNd):
-        # Whole groups leave together, so channels per group stay: groups shrink in step with the grouped dimension.
         groups = module.groups * shape(weight)[0] // weight.shape[0] if module.groups > 1 else 1
         sides = shape(weight)[0], shape(weight)[1] * groups
         inside, outside = sides if module.transposed else sides[::-1]

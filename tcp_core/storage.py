@@ -259,9 +259,11 @@ def _check_sizes(path: Path, name: str, module: nn.Module, own: Mapping[str, tup
         outputs = shape[1] * groups if module.transposed else shape[0]
     elif isinstance(module, nn.Linear) and weight is not None:
         outputs = own["weight"][0]
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
+    elif isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
         lengths = {shape[0] for key, shape in own.items() if key in _OF_NORMS}
         fits = len(lengths) <= 1
+        if isinstance(module, nn.GroupNorm):  # here, too, whole groups are removed
+            fits = fits and all(length * module.num_groups % module.num_channels == 0 for length in lengths)
     if outputs is not None and own.get("bias", (outputs,)) != (outputs,):
         fits = False
     if not fits:

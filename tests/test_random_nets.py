@@ -27,6 +27,7 @@ from random_nets import (
     networks,
 )
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from zoo import counted, random_open
 
@@ -297,6 +298,11 @@ KNOWN = [
     ("depthwise", {"multiplier": 2}, 6 + 4),
     ("transposed", {}, 6 + 8 + 4),
     ("conv", {"groups": 2}, 2 + 4),  # whole groups are tied, input and output together
+    ("conv", {"norm": "group"}, 6 + 2 + 4),  # and so are those that a group norm takes together
+    ("conv", {"norm": "groups_of_two"}, 6 + 4 + 4),
+    ("conv", {"norm": "groups_plain"}, 6 + 4),
+    ("conv", {"norm": "instance"}, 6 + 8 + 4),
+    ("conv", {"norm": "instance_tracked"}, 6 + 4),
     ("functional", {}, 6 + 8 + 4),
     ("twice", {}, 6 + 4),
     ("twice", {"kind": "weight"}, 6 + 4),
@@ -412,6 +418,44 @@ def test_grouped_convolution_ties_whole_groups():
     assert before == [unit for unit in before[::2] for _ in range(2)]
     assert after == [unit for unit in before[::2] for _ in range(3)]
     check(model)
+
+
+class GroupNormed(nn.Module):
+    """Two convolutions with one group norm over both, and one with as many groups as channels behind it."""
+
+    def __init__(self, groups, functional=False):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 4, 3)
+        self.norm, self.functional = nn.GroupNorm(groups, 12), functional
+        self.last = nn.Sequential(nn.Conv2d(12, 6, 1), nn.GroupNorm(6, 6), nn.ReLU(), nn.Conv2d(6, 4, 3))
+
+    def forward(self, x):
+        x = torch.cat([self.left(x), self.right(x)], 1)
+        norm = self.norm
+        x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias) if self.functional else norm(x)
+        return self.last(F.relu(x))
+
+
+@pytest.mark.parametrize(("groups", "free"), [(12, 12), (6, 6), (4, 4), (3, 2), (1, 0)])
+def test_a_group_norm_loses_whole_groups(groups, free):
+    # of three groups one has all channels of a layer, which must keep some
+    model = GroupNormed(groups).double()
+    channels, _ = check(model)
+    assert channels.prunable.sum() == free + 6
+    assert bool(channels.unknown) == (groups == 1)
+    if free:
+        open_units = torch.ones(channels.units, dtype=torch.bool)
+        open_units[channels.slots["norm.weight"][0][0]] = False
+        small = remove(model, channels, open_units)
+        assert (small.norm.num_groups, small.norm.num_channels) == (groups - 1, 12 - 12 // groups)
+        assert small.norm.weight.shape == (small.norm.num_channels,)
+
+
+def test_groups_that_are_written_in_a_call_keep_their_channels():
+    # the call takes the number from a module, which the trace does not see
+    channels, _ = check(GroupNormed(4, functional=True).double())
+    assert channels.prunable.sum() == 6
+    assert ("native_group_norm", "") in channels.unknown
 
 
 def test_unknown_operators_freeze_and_are_named():

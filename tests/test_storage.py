@@ -113,6 +113,7 @@ def test_round_trips_of_random_networks(network, seed, tmp_path):
         ([("conv", {"width": 8}), ("conv", {"width": 12, "groups": 4})], "a grouped convolution"),
         ([("conv", {"width": 8}), ("transposed", {"width": 8, "groups": 2})], "a grouped transposed convolution"),
         ([("conv", {"width": 8, "norm": "bn_plain"}), ("conv", {"width": 8, "act": "prelu"})], "no affine; PReLU"),
+        ([("conv", {"width": 8, "norm": "groups_of_two"}), ("conv", {"width": 8, "norm": "instance"})], "other norms"),
         ([("conv", {"width": 8}), ("pad_channels_module", {}), ("conv", {"width": 8})], "padded channels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -41,6 +41,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), movement.shuffle),
     **dict.fromkeys(("cat", "stack"), movement.cat),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm"), movement.reduce),
+    "native_group_norm": layers.group_norm,
     "split": movement.split,
     "constant_pad_nd": movement.pad,
     "copy": movement.copy,

@@ -190,7 +190,7 @@ class Identities(TorchDispatchMode):
         self.reached.update(id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter))
         self.shapes.update(tuple(tensor.shape) for tensor in outputs)
         if call.name not in ("detach", "alias"):
-            normalised = args[0] if "batch_norm" in call.name else None
+            normalised = args[0] if "batch_norm" in call.name or call.name == "native_group_norm" else None
             for tensor in tensors:
                 if tensor is not normalised:
                     self.consume(tensor)

@@ -31,9 +31,7 @@ def convolution(ids: Identities, call: Call) -> None:
         if not isinstance(ids.module, nn.modules.conv._ConvNd) or ids.module._parameters.get("weight") is not weight:
             # The number of groups is written in the call, so it cannot follow.
             ids.freeze(torch.cat([inputs, outputs]), call.name)
-        by_group = torch.cat([inputs.view(groups, -1), outputs.view(groups, -1)], 1)
-        ids.tie(by_group, by_group.amax(1, keepdim=True))
-        ids.freeze(by_group[(by_group == 0).any(1)], kind="tied")
+        _tie_groups(ids, torch.cat([inputs.view(groups, -1), outputs.view(groups, -1)], 1))
         _count(ids, scale * x.shape[1] // groups, None, outputs)
     _finish(ids, name, out_dim, outputs, bias, call.out, 1)
 
@@ -67,20 +65,49 @@ def batch_norm(ids: Identities, call: Call) -> None:
     labels = ids.channelwise(x, 1, call.name) >> 1
     for tensor in call.args[1:]:
         if isinstance(tensor, Tensor):
-            if (name := ids.names.get(tensor)) is None:
-                ids.freeze(labels, call.name)
-            else:
+            if (name := ids.names.get(tensor)) is not None:
                 ids.register(name, 0, labels)
+            elif (codes := ids.of(tensor)) is not None:
+                ids.tie_positions(labels, codes >> 1)  # repeated for each sample, by an instance norm
+            else:
+                ids.freeze(labels, call.name)
     gated = True
     if isinstance(weight, nn.Parameter) and weight in ids.names:
         ids.norms[ids.names[weight]] = Gate(None if bias is None else ids.names.get(bias), labels)
     elif weight is None and isinstance(ids.module, nn.modules.batchnorm._BatchNorm) and ids.module in ids.modules:
         prefix = f"{ids.here}." if ids.here else ""
         ids.norms[f"{prefix}weight"] = Gate(f"{prefix}bias", labels, constant=True)
+    elif weight in ids.moved and isinstance(ids.module, nn.modules.instancenorm._InstanceNorm):
+        name = ids.moved[weight]
+        ids.norms[name] = Gate(ids.moved.get(bias), ids.entries[name])
     else:
         gated = False  # running statistics may then move zero
         ids.consume(x)
     ids.set(result, along(labels, result, 1, unsafe=int(not gated)))
+
+
+def group_norm(ids: Identities, call: Call) -> None:
+    """Tie the channels of each group and pass labels on: a group is normalised by itself, so whole groups can go."""
+    x, weight, bias = call.args[:3]
+    groups = call.args[6]
+    # A number of groups that is written in a call, or in a module without tensors of that size, cannot follow.
+    follows = isinstance(ids.module, nn.GroupNorm) and isinstance(weight, nn.Parameter)
+    if groups == 1 or not follows or ids.module._parameters.get("weight") is not weight:
+        ids.consume(x)
+        return ids.unknown(call)
+    labels = ids.channelwise(x, 1, call.name) >> 1
+    _tie_groups(ids, labels.view(groups, -1))
+    names = [None if tensor is None else ids.names[tensor] for tensor in (weight, bias)]
+    for name in filter(None, names):
+        ids.register(name, 0, labels)
+    ids.norms[names[0]] = Gate(names[1], labels)
+    ids.set(call.outputs[0], along(labels, call.outputs[0], 1))
+
+
+def _tie_groups(ids: Identities, labels: Tensor) -> None:
+    """Let the channels of each group, int64 ``[groups, channels]``, stay or go together."""
+    ids.tie(labels, labels.amax(1, keepdim=True))
+    ids.freeze(labels[(labels == 0).any(1)], kind="tied")
 
 
 def _inputs(ids: Identities, codes: Tensor, operator: str) -> Tensor:

@@ -244,6 +244,8 @@ NORMS = {
     "bn_batch": lambda channels: nn.BatchNorm2d(channels, track_running_stats=False),
     "bn_cumulative": lambda channels: nn.BatchNorm2d(channels, momentum=None),
     "group": lambda channels: nn.GroupNorm(math.gcd(2, channels), channels),
+    "groups_of_two": lambda channels: nn.GroupNorm(channels // math.gcd(2, channels), channels),
+    "groups_plain": lambda channels: nn.GroupNorm(math.gcd(4, channels), channels, affine=False),
     "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True),
     "instance_tracked": lambda channels: nn.InstanceNorm2d(channels, track_running_stats=True),
 }
