@@ -215,6 +215,26 @@ def reduce(ids: Identities, call: Call) -> None:
         ids.set(each, marked(ids.codes[result]))
 
 
+def along_one(ids: Identities, call: Call) -> None:
+    """Softmax or cumulative sum over a dimension without channels, such as branches or positions."""
+    codes = ids.of(call.args[0])
+    if codes is None:
+        return
+    if varies(codes, call.args[1] % codes.ndim):
+        return ids.unknown(call)
+    ids.set(call.out, marked(codes, int(call.name != "cumsum")))
+
+
+def glu(ids: Identities, call: Call) -> None:
+    """The first half, times the sigmoid of the second; halves stay equal only if the same positions go from each."""
+    codes = ids.of(call.args[0])
+    if codes is None:
+        return
+    first_half, second_half = codes.chunk(2, call.argument(1, "dim", -1))
+    ids.tie_positions(labels_in(first_half), labels_in(second_half))
+    ids.set(call.out, first_half)
+
+
 def in_space(ids: Identities, call: Call) -> None:
     """Pool, resize or pad over the last dimensions; a channel of zeros stays zero."""
     codes = ids.of(call.args[0])
