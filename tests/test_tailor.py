@@ -459,3 +459,61 @@ def test_a_network_can_be_tailored_again():
     assert all(torch.equal(value, before[name]) for name, value in first.state_dict().items())
     train_until_frozen(again, sgd(first.parameters()), x, y)
     assert counted(again.finish(), x)["macs"] <= again.report()["bounds"]["macs"]
+
+
+class Detector(nn.Module):
+    """What detectors are like: lists of images and targets in, losses out in training, and features by name within."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Backbone()
+        self.heads = nn.ModuleDict({"near": nn.Conv2d(12, 4, 1), "far": nn.Conv2d(16, 4, 1)})
+
+    def forward(self, images, targets=None):
+        features = self.backbone(torch.stack(images))
+        boxes = torch.cat([self.heads[name](maps).flatten(2) for name, maps in features.items()], 2).mean(2)
+        if not self.training:
+            return [{"boxes": each} for each in boxes]
+        return {"regression": F.mse_loss(boxes, torch.stack([target["boxes"] for target in targets]))}
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        stages = {"stem": 3, "near": 24, "far": 24}
+        self.body = nn.ModuleDict(
+            {
+                name: nn.Sequential(nn.Conv2d(width, 24, 3, padding=1), nn.BatchNorm2d(24))
+                for name, width in stages.items()
+            }
+        )
+        self.near, self.far = nn.Conv2d(24, 12, 1), nn.Conv2d(24, 16, 1)
+
+    def forward(self, x):
+        near = self.body["near"](F.relu(self.body["stem"](x))).relu()
+        return {"near": self.near(near), "far": self.far(self.body["far"](F.max_pool2d(near, 2)).relu())}
+
+
+def test_a_part_of_a_larger_model_is_tailored_in_its_place():
+    torch.manual_seed(0)
+    detector = Detector()
+    images = list(torch.randn(4, 3, 8, 8))
+    targets = [{"boxes": torch.randn(4)} for _ in images]
+    backbone = detector.backbone
+    optimizer = sgd(detector.parameters())
+    detector.backbone = tailor = Tailor(backbone, torch.stack(images), budget={"macs": 0.5}, steps=STEPS)
+    losses = []
+    for _ in range(STEPS):
+        loss = sum(detector(images, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        tailor.step()
+        losses.append(loss.item())
+    detector.backbone = tailor.finish()
+    assert detector.backbone is backbone
+    assert losses[-1] < losses[0]
+    small = counted(detector.backbone, torch.stack(images))
+    assert small["macs"] <= 0.5 * tailor.report()["dense"]["macs"]
+    assert {name: maps.shape[1] for name, maps in backbone(torch.stack(images)).items()} == {"near": 12, "far": 16}
+    assert len(detector.eval()(images)) == 4
