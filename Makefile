@@ -72,8 +72,8 @@ lab: $(INSTALLED) ## open the notebooks in JupyterLab
 
 benchmark: $(INSTALLED) ## measure again what docs/benchmarks.md and docs/scale.md state (about an hour; DATA=folder of images for the input pipeline)
 	for network in resnet20 resnet56; do \
-		$(BIN)/python benchmarks/training_step.py --network $$network --multiple 8 --out $(MEASURED)/training_step_$$network.json && \
-		$(BIN)/python benchmarks/training_step.py --network $$network --multiple 1 --out $(MEASURED)/training_step_$${network}_any_widths.json || exit 1; \
+		$(BIN)/python benchmarks/training_step.py --network $$network --multiple 1 --out $(MEASURED)/training_step_$$network.json && \
+		$(BIN)/python benchmarks/training_step.py --network $$network --multiple 8 --out $(MEASURED)/training_step_$${network}_multiples_of_8.json || exit 1; \
 	done
 	$(BIN)/python benchmarks/tracing_time.py --out $(MEASURED)/tracing_time.json
 	$(BIN)/python benchmarks/input_pipeline.py $(if $(DATA),--data "$(DATA)") --out $(MEASURED)/input_pipeline.json

@@ -55,7 +55,7 @@ def export(
         tolerance: the largest difference that passes, as a share of the output's largest value.
 
     Raises:
-        ImportError: if a package is missing that the format needs; ``pip install 'tcp-core[deploy]'`` brings them.
+        ImportError: if a package is missing that the format needs; the extra ``deploy`` of this package brings them.
         ValueError: for another suffix, or an example that is none.
         OSError: if the file cannot be written; asked before the network is exported.
         ExportError: if torch cannot export the network, the runtime cannot run it, or outputs differ.
@@ -94,7 +94,8 @@ def require(*names: str) -> None:
     """Raise ImportError, and say what to do, unless the packages of these names are installed."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise ImportError(
-            f"ONNX files need {' and '.join(missing)}, not installed here; pip install 'tcp-core[deploy]'."
+            f"ONNX files need {' and '.join(missing)}, not installed here; pip install '.[deploy]' in a "
+            f"clone of this project brings them."
         )
 
 

@@ -67,9 +67,9 @@ def fit(
 ) -> FitResult:
     """Train ``model`` in one run that ends in a network of exactly the budget.
 
-    As soon as the set of units is final, the network is made physically smaller and the same run goes on. By default
-    with SGD and Nesterov momentum; the learning rate rises over the share ``warmup`` of the run and then follows a
-    cosine to 0.
+    As soon as the last losing gate has closed, the network is made physically smaller and the same run goes on. By
+    default with SGD and Nesterov momentum; the learning rate rises over the share ``warmup`` of the run and then
+    follows a cosine to 0.
 
     Where torch.distributed has been initialised, it is one run over all processes: each trains on its own part of every
     batch, ``batch_size`` images a process, and all end with the same network. Each is given its ``device``; batches
