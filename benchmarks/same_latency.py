@@ -4,7 +4,8 @@ by the same table.
 On images at half resolution, from a network that is trained first, once. The macs budget is found before its run: of a
 grid of shares the largest at which the best units of the trained network, in the largest multiples that the place
 likes, take the latency that is asked for. Each network is timed beside the dense one at its end. Rows that are there
-are not run again, and two processes of other seeds may share the output.
+are not run again, and two processes of other seeds may share the output. Trainings disturb what is timed beside them, so
+`--time-again` builds the networks of all rows anew, from their widths, and times them in turns.
 
     python benchmarks/same_latency.py --data cifar10-jpeg --out results/benchmarks/same_latency.json
 """
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--start-epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=64, help="at which latency is measured")
     parser.add_argument("--work", type=Path, default=Path("build/same_latency"), help="trained networks and tables")
+    parser.add_argument("--time-again", action="store_true", help="time the networks of the rows again, train nothing")
     options = given(parser, table)
     train, val = halves(options.data, options.images)
     model = started(options, train, val)
@@ -50,6 +52,8 @@ def main() -> None:
     place = tcp.Latency(
         "onnxruntime", batch=options.batch, threads=1, table=file, seconds=5.0, noise=0.3, progress=False
     )
+    if options.time_again:
+        return time_again(options, model, channels, place)
     for share, seed, method in itertools.product(options.shares, options.seeds, METHODS):
         key = {"network": options.network, "method": method, "latency": share, "seed": seed, "epochs": options.epochs}
         key["images"] = options.images
@@ -96,6 +100,28 @@ def add(out: Path, row: dict) -> None:
     content |= ran | {"recipe": RECIPE}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def time_again(options: argparse.Namespace, model: torch.nn.Module, channels: tcp.Channels, place: tcp.Latency) -> None:
+    """Put into the rows of one network what its networks take when they are timed in turns, in one go."""
+    content = written(options.out)
+    rows = [row for row in content["rows"] if row["network"] == options.network and row["batch"] == options.batch]
+    *timings, dense = place.networks(model, channels, [*(of_widths(channels, row["widths"]) for row in rows), None])
+    for row, timing in zip(rows, timings, strict=True):
+        row |= {"ms": timing.ms, "dense_ms": dense.ms, "spread": max(timing.spread, dense.spread)}
+        row["timed_again"] = environment("cpu")["git_commit"]
+    options.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def of_widths(channels: tcp.Channels, widths: list[int]) -> torch.Tensor:
+    """Return a set of units, bool ``[units]``, that leaves so many channels in each layer: which ones, no clock sees."""
+    open_units = torch.zeros(channels.units, dtype=torch.bool)
+    for layer, width in zip(channels.layers, widths, strict=True):
+        units = layer.out_units[layer.out_units >= 0].unique()
+        open_units[units[:width]] = True
+    found = list(channels.widths(open_units).values())
+    assert found == widths, f"no set of units leaves {widths}, at best {found}"
+    return open_units
 
 
 def table(rows: list[dict]) -> str:
@@ -177,13 +203,14 @@ def macs_share(
     """Return the largest share of the macs at which the best units of the trained network take nearly ``share`` of its
     latency.
 
-    Latency does not rise evenly with macs, so a grid of shares is tried, not halved.
+    Latency does not rise evenly with macs, so a grid of shares is tried, not halved: quickly, each beside the dense
+    network, then all that come near in turns and for longer.
 
     Raises:
         RuntimeError: if none comes within a twentieth of it, for the comparison would not be at the same latency.
     """
     measured = pruner("taylor", {"macs": 0.5}, train=train, batches=100, precision=precision)(model, channels, 1000)
-    quick, tried = copy.copy(place), {}
+    quick, sets = copy.copy(place), {}
     quick.seconds = 1.0
     for macs in MACS:
         try:
@@ -191,8 +218,12 @@ def macs_share(
         except tcp.BudgetError:  # below the smallest network of such widths
             continue
         controller.importance = measured.limits.importance
-        timing, dense = quick.networks(model, channels, [controller.choose(controller.score()), None])
-        tried[macs] = timing.ms / dense.ms
+        open_units = controller.choose(controller.score())
+        timing, dense = quick.networks(model, channels, [open_units, None])
+        if abs(timing.ms / dense.ms - share) < 0.15 * share:
+            sets[macs] = open_units
+    *timings, dense = place.networks(model, channels, [*sets.values(), None])
+    tried = {macs: timing.ms / dense.ms for macs, timing in zip(sets, timings, strict=True)}
     print({macs: round(found, 3) for macs, found in tried.items()}, flush=True)
     near = [macs for macs, found in tried.items() if 0.95 * share <= found <= share]
     if not near:
