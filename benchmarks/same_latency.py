@@ -4,8 +4,8 @@ by the same table.
 On images at half resolution, from a network that is trained first, once. The macs budget is found before its run: of a
 grid of shares the largest at which the best units of the trained network, in the largest multiples that the place
 likes, take the latency that is asked for. Each network is timed beside the dense one at its end. Rows that are there
-are not run again, and two processes of other seeds may share the output. Trainings disturb what is timed beside them, so
-`--time-again` builds the networks of all rows anew, from their widths, and times them in turns.
+are not run again, and two processes of other seeds may share the output. Trainings disturb what is timed beside them,
+so `--time-again` builds the networks of all rows anew, from their widths, and times them in turns.
 
     python benchmarks/same_latency.py --data cifar10-jpeg --out results/benchmarks/same_latency.json
 """
@@ -114,7 +114,9 @@ def time_again(options: argparse.Namespace, model: torch.nn.Module, channels: tc
 
 
 def of_widths(channels: tcp.Channels, widths: list[int]) -> torch.Tensor:
-    """Return a set of units, bool ``[units]``, that leaves so many channels in each layer: which ones, no clock sees."""
+    """Return a set of units, bool ``[units]``, that leaves so many channels in each layer; to a clock it does not
+    matter which.
+    """
     open_units = torch.zeros(channels.units, dtype=torch.bool)
     for layer, width in zip(channels.layers, widths, strict=True):
         units = layer.out_units[layer.out_units >= 0].unique()
