@@ -6,6 +6,7 @@ unit indices describes a dimension, -1 stands for a channel that always stays.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +34,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class Family:
-    """Units with the same member layers: closing any one of them saves the same, and a layer's width counts them."""
+    """Units with the same member layers: closing any one of them saves the same, and a layer's width counts them.
+
+    ``channels`` are the numbers of channels that a unit is in the weights of these layers: several where they leave in
+    groups.
+    """
 
     units: Tensor
     layers: tuple[str, ...]
+    channels: tuple[int, ...] = (1,)
+
+    def block(self, multiple: int) -> int:
+        """Return how many units together make every width a multiple of so many channels."""
+        return math.lcm(*(multiple // math.gcd(multiple, channels) for channels in self.channels))
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,7 @@ class Channels:
         sites: where gates act.
         paddings: zero-padding modules that add channels.
         shapes: shape of every parameter and buffer, to recognise the model later.
+        groups: the groups of layers and norms that have several, for the same end.
         cost_model: the bilinear cost of gates.
         state: bytes of parameters and buffers, by item size.
         activations: which activations are alive when.
@@ -104,6 +115,7 @@ class Channels:
     sites: tuple[GateSite, ...]
     paddings: tuple[Padding, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    groups: Mapping[str, int]
     cost_model: CostModel
     state: CostModel
     activations: Activations

@@ -20,7 +20,8 @@ ADVICE = {
     "unreached": "{what}: no traced call reaches it, so what it takes must stay; trace a call that does "
     "(also=[...]), or name it in unused=[...]",
     "ignored": "{what}: take it out of ignore",
-    "fixed": "{what}: a parameter of which only some entries would go, or that is used in more than one way",
+    "fixed": "{what}: a parameter of which only some entries would go, that is used in more than one way, or that "
+    "forward itself changes",
     "lifted": "{what} in {where}: a closed channel would not be zero there, after a sigmoid or an added constant",
     "tied": "{where}: tied to channels that stay, such as the model's input or a constant of one size",
     "output": "they leave the model",

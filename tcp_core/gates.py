@@ -69,6 +69,7 @@ class Gated(nn.Module):
         return output
 
     @torch.compiler.disable
+    @torch.inference_mode(False)  # indices that were made in it could not be used in a backward pass later
     def bind(self) -> None:
         """Have the modules of the model read their parameters through this object's gates, while these act."""
         self.release()
@@ -219,6 +220,24 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module as it is without gates."""
     kind = type(module)
     return kind.__bases__[0] if BINDING in kind.__dict__ else kind
+
+
+def unwrapped(model: nn.Module, verb: str) -> nn.Module:
+    """Return the module inside torch.compile's and the parallel wrappers; a network with gates is refused, by what was
+    to be done with it.
+    """
+    while True:
+        if isinstance(model, Gated):
+            raise ValueError(
+                f"this is a {type(model).__name__}, a network with gates; {verb} what its finish() returns, which is "
+                f"plain and smaller."
+            )
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------

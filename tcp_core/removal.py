@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .carrying import Kept, cut_value, take
+from .carrying import Kept, cut_value, state_tensors, take
 from .channels import Channels, stays
 from .state import non_leaf_tensors
 from .verification import compare
@@ -101,13 +101,17 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in own if tensor is not None}
 
 
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """Return a parameter that is the module's own: an attribute may be computed, by a parametrization, or absent."""
+    return dict(module._parameters.items()).get(name)  # a scripted module's parameters have items, but no get
+
+
 def sizes(module: nn.Module, shape: Callable[[Tensor], torch.Size]) -> dict[str, int]:
     """Return the sizes that one of torch's own modules keeps beside its tensors, as these are to be.
 
     ``shape(tensor)`` is the shape that a parameter or buffer of ``module`` is to have.
     """
-    # Not module.weight: a parametrization computes it, and may change its state by that.
-    weight = module._parameters.get("weight")
+    weight = own_parameter(module, "weight")
     if isinstance(module, nn.modules.batchnorm._NormBase):
         sized = weight if weight is not None else module.running_mean
         return {} if sized is None else {"num_features": shape(sized)[0]}
@@ -145,6 +149,13 @@ def check_same_model(model: nn.Module, channels: Channels) -> None:
             f"this is not the model that was traced: {name!r} has shape {shapes.get(name, 'absent')} here and "
             f"{channels.shapes.get(name, 'absent')} in the trace; trace this model and use that."
         )
+    here = groups_of(model)
+    for name in here.keys() | channels.groups.keys():
+        if here.get(name, 1) != channels.groups.get(name, 1):
+            raise ValueError(
+                f"this is not the model that was traced: {name!r} has {here.get(name, 1)} groups here and "
+                f"{channels.groups.get(name, 1)} in the trace; trace this model and use that."
+            )
 
 
 def misfits(model: nn.Module, channels: Channels) -> list[str]:
@@ -155,6 +166,17 @@ def misfits(model: nn.Module, channels: Channels) -> list[str]:
     here, traced = tensor_shapes(model), channels.shapes
     remade = {name for name, _ in model.named_buffers(remove_duplicate=False)} & traced.keys() - channels.slots.keys()
     return sorted(name for name in (here.keys() | traced.keys()) - remade if here.get(name) != traced.get(name))
+
+
+def groups_of(model: nn.Module) -> dict[str, int]:
+    """Return, by name, the groups of convolutions and group norms that have several; no shape tells those of norms."""
+    kinds = {nn.modules.conv._ConvNd: "groups", nn.GroupNorm: "num_groups"}
+    return {
+        name: groups
+        for name, module in model.named_modules(remove_duplicate=False)
+        for kind, attribute in kinds.items()
+        if isinstance(module, kind) and (groups := getattr(module, attribute)) > 1
+    }
 
 
 def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -168,6 +190,9 @@ def carry_over(optimizer: torch.optim.Optimizer, replaced: dict[int, Tensor], ke
 
     State that is not understood (see :func:`tcp_core.carrying.cut_value`) starts anew for its parameter.
     """
+    if isinstance(optimizer, torch.optim.LBFGS):  # one state for all, flattened
+        optimizer.state.clear()
+        optimizer._numel_cache = None
     for group in optimizer.param_groups:
         for position, old in enumerate(group["params"]):
             if (new := replaced.get(id(old))) is None:
@@ -178,5 +203,7 @@ def carry_over(optimizer: torch.optim.Optimizer, replaced: dict[int, Tensor], ke
                 key: cut_value(key, value, old.shape, kept[id(old)]) if isinstance(value, Tensor) else value
                 for key, value in state.items()
             }
-            if state and not any(isinstance(value, Tensor) and cut[key] is None for key, value in state.items()):
+            within = sum(1 for _ in state_tensors(state)) > sum(isinstance(value, Tensor) for value in state.values())
+            lost = any(isinstance(value, Tensor) and cut[key] is None for key, value in state.items())
+            if state and not within and not lost:
                 optimizer.state[new] = cut

@@ -25,7 +25,7 @@ def least(min_width: int | float, family: Family) -> int:
 def required_units(channels: Channels, min_width: int | float, multiple: int = 1) -> Tensor:
     """Return a smallest set of units that must stay, bool ``[units]``: the unprunable, and ``min_width`` a family.
 
-    With ``multiple``, in each family a multiple of so many units, or all of them.
+    With ``multiple``, in each family a multiple of so many channels, or all of them.
     """
     share = isinstance(min_width, float) and 0 < min_width < 1
     if not share and (not isinstance(min_width, int) or min_width < 1):
@@ -36,7 +36,8 @@ def required_units(channels: Channels, min_width: int | float, multiple: int = 1
     required = ~channels.prunable
     for family in channels.families:
         there = int(required[family.units].sum())
-        missing = -(-max(least(min_width, family), there) // multiple) * multiple - there
+        block = family.block(multiple)
+        missing = -(-max(least(min_width, family), there) // block) * block - there
         if missing > 0:
             required[family.units[~required[family.units]][:missing]] = True
     return required
@@ -54,8 +55,8 @@ def fill(
 
     The ``min_width`` best units of each family come first, then all others from the best ``score`` (float
     ``[units]``) down; one that does not fit is skipped. With ``multiple`` the units of a family win and lose in blocks
-    of so many, by their mean score: its width is a multiple, or what it was. ``cost`` is what ``bounds`` are on, macs
-    and params by default; they must not be below the cost of :func:`required_units`.
+    of so many channels, by their mean score: its width is a multiple, or what it was. ``cost`` is what ``bounds`` are
+    on, macs and params by default; they must not be below the cost of :func:`required_units`.
     """
     order, first, block = _ranked(channels, score, min_width, multiple)
     return _top_up(channels.cost_model if cost is None else cost, first, order[~first[order]], bounds, block)
@@ -84,8 +85,9 @@ def _blocks(channels: Channels, order: Tensor, min_width: int | float, multiple:
     first, block = ~channels.prunable, torch.arange(len(order))
     for family in channels.families:
         best = family.units[place[family.units].argsort()]
-        first[best[: -(-least(min_width, family) // multiple) * multiple]] = True
-        block[best] = best[torch.arange(len(best)) // multiple * multiple]
+        size = family.block(multiple)
+        first[best[: -(-least(min_width, family) // size) * size]] = True
+        block[best] = best[torch.arange(len(best)) // size * size]
     if multiple == 1:
         return first, None
     return torch.zeros_like(first).index_fill_(0, block[first], True)[block], block
@@ -266,12 +268,13 @@ def _moves(
     for number, family in enumerate(channels.families):
         inside, outside = family.units[winning[family.units]], family.units[~winning[family.units]]
         removable = inside[channels.prunable[inside] & (score[inside] < torch.inf)]  # infinite: whatever it costs
-        size = len(inside) % multiple or multiple  # a family that is whole need not be a multiple
-        fewest = -(-least(min_width, family) // multiple) * multiple
+        block = family.block(multiple)
+        size = len(inside) % block or block  # a family that is whole need not be a multiple
+        fewest = -(-least(min_width, family) // block) * block
         if len(inside) - size >= fewest and len(removable) >= size:
             moves.append((number, removable[score[removable].argsort(descending=True, stable=True)[-size:]]))
         if len(outside):
-            moves.append((number, outside[score[outside].argsort(descending=True, stable=True)[:multiple]]))
+            moves.append((number, outside[score[outside].argsort(descending=True, stable=True)[:block]]))
     return moves
 
 
@@ -350,9 +353,9 @@ def liked(
 
     def suits(multiple: int) -> bool:
         blocks = [
-            multiple * float(share[family.units].mean())
+            family.block(multiple) * float(share[family.units].mean())
             for family in channels.families
-            if len(family.units) > multiple and channels.prunable[family.units].any()
+            if len(family.units) > family.block(multiple) and channels.prunable[family.units].any()
         ]
         least = cost.exact(required_units(channels, min_width, multiple))
         return (

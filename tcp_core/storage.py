@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn, uint8
 
-from .removal import dense_shapes, resized
+from .gates import unwrapped
+from .removal import dense_shapes, own_parameter, resized
 
 KEY = "tailored_channel_pruning"
 VERSION = 2
@@ -39,7 +40,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     The file holds every parameter and buffer; its metadata holds, as JSON, the shape of each now and in the dense
     network, the groups and channel padding of modules, and the SHA-256 of all of it. It is whole or not there.
     """
-    path = Path(path)
+    path, model = Path(path), unwrapped(model, "save")
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _tensors(model).items()}
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     modules = [(name, _attributes(module)) for name, module in model.named_modules()]
@@ -120,6 +121,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _attributes(module: nn.Module) -> dict:
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not module.transposed:
         return {"groups": module.groups}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_groups": module.num_groups}
     if isinstance(module, nn.modules.padding._ConstantPadNd):
         return {"padding": list(module.padding)}
     return {}
@@ -246,9 +249,11 @@ def _check(
 
 
 def _check_sizes(path: Path, name: str, module: nn.Module, own: Mapping[str, tuple]) -> int:
-    """Return the groups of a convolution (1 of anything else), if the shapes of its own tensors go together."""
+    """Return the groups of a convolution or group norm (1 of anything else), if the shapes of its own tensors go
+    together.
+    """
     groups, outputs = 1, None
-    weight = module._parameters.get("weight")
+    weight = own_parameter(module, "weight")
     fits = True
     if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
         shape, full = own["weight"], tuple(weight.shape)
@@ -263,7 +268,8 @@ def _check_sizes(path: Path, name: str, module: nn.Module, own: Mapping[str, tup
         lengths = {shape[0] for key, shape in own.items() if key in _OF_NORMS}
         fits = len(lengths) <= 1
         if isinstance(module, nn.GroupNorm):  # here, too, whole groups are removed
-            fits = fits and all(length * module.num_groups % module.num_channels == 0 for length in lengths)
+            groups, rest = divmod(module.num_groups * max(lengths, default=module.num_channels), module.num_channels)
+            fits = fits and not rest
     if outputs is not None and own.get("bias", (outputs,)) != (outputs,):
         fits = False
     if not fits:
@@ -276,7 +282,7 @@ _OF_NORMS = ("weight", "bias", "running_mean", "running_var")
 
 def _check_attributes(path: Path, name: str, module: nn.Module, said: Any, groups: int) -> None:
     """Raise FileError unless a file says of one module what only can be so."""
-    allowed = f"only the groups of convolutions and the padding of padding modules may be, and {name!r} is a "
+    allowed = f"only groups, and the padding of padding modules, may be, and {name!r} is a "
     allowed += type(module).__name__
     dense = _attributes(module)
     if not isinstance(said, dict) or said.keys() - dense.keys():
@@ -286,6 +292,11 @@ def _check_attributes(path: Path, name: str, module: nn.Module, said: Any, group
         found = said.get("groups", 1)
         if type(found) is not int or found != groups:
             raise FileError(f"{path} sets groups of {name!r} to {str(found)[:40]}, where its weights have {groups}.")
+    if "num_groups" in dense and said.get("num_groups", dense["num_groups"]) != groups:  # older files do not say it
+        raise FileError(
+            f"{path} sets num_groups of {name!r} to {str(said.get('num_groups'))[:40]}, where its weights have "
+            f"{groups}: build the network that was saved, with as many groups."
+        )
     if "padding" in dense:
         found = said.get("padding")
         ints = isinstance(found, list) and all(type(amount) is int for amount in found)

@@ -81,8 +81,8 @@ def assert_of_the_architecture(model):
 @pytest.mark.parametrize(
     ("module", "said", "message"),
     [
-        ("f.1", {"eps": 1e9}, "sets 'eps' of module 'f.1': only the groups"),
-        ("f.1", {"eps": 1}, r"sets 'eps' of module 'f.1': only the groups of convolutions and the padding of padding"),
+        ("f.1", {"eps": 1e9}, "sets 'eps' of module 'f.1': only groups"),
+        ("f.1", {"eps": 1}, r"sets 'eps' of module 'f.1': only groups, and the padding of padding"),
         ("f.0", {"padding_mode": "circular"}, "sets 'padding_mode' of module 'f.0'"),
         ("f.0", {"stride": [2, 2]}, "sets 'stride' of module 'f.0'"),
         ("f.0", {"padding": [40000, 40000]}, "sets 'padding' of module 'f.0'"),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..gates import Gated
+from ..gates import unwrapped
 from ..verification import to_model
 from .folding import folded
 
@@ -62,7 +62,7 @@ def export(
     """
     path = Path(path)
     _check_format(path)
-    model = _plain(model)
+    model = unwrapped(model, "export")
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance={tolerance!r}; it is a share of the largest output, in (0, 1), for example 1e-4.")
     with _writing(path) as temporary, torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -97,22 +97,6 @@ def require(*names: str) -> None:
             f"ONNX files need {' and '.join(missing)}, not installed here; pip install '.[deploy]' in a "
             f"clone of this project brings them."
         )
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """Return the module inside torch.compile's and the parallel wrappers."""
-    while True:
-        if isinstance(model, Gated):
-            raise ValueError(
-                f"this is a {type(model).__name__}, a network with gates; export what its finish() returns, which is "
-                f"plain and smaller."
-            )
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
 
 
 def _as_call(example: Any) -> tuple[tuple, dict]:

@@ -117,7 +117,18 @@ def trace(
         unreached = freeze_for_unreached(ids, set().union(*left_over.values()))
         # Tried out in the state that these runs left: what a forward pass has kept must fit the smaller network too.
         examples = [example, *(_samples(model, other, 1) for other in also)]
+        _fill_zeros(model)
         return replace(_tried(ids, ignored, examples), unreached=unreached, unused=tuple(left_over))
+
+
+@torch.no_grad()
+def _fill_zeros(model: nn.Module) -> None:
+    """Give parameters that are all zero, as the last norm of a block often is at first, some numbers: what such a one
+    multiplies, or what it would add, shows in no output.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not parameter.any():
+            parameter.data.uniform_(0.05, 0.2)
 
 
 def _tried(ids: Identities, ignored: Patterns, examples: Sequence[tuple[tuple, dict]]) -> Channels:

@@ -77,7 +77,7 @@ class Identities(TorchDispatchMode):
         ran: modules that were called.
         reached: ids of parameters that an operator took.
         shapes, seen: the shapes of all tensors, and all codes.
-        watched: modules of which the labels in their outputs are of interest, and these.
+        watched: modules of which the codes of their outputs are of interest, and these.
         dims: labels along a dimension of a parameter or buffer, 0 where it is fixed.
         entries: labels of every entry, for parameters that were used element by element.
         added: such parameters that need a gate, because a closed channel would not be zero without.
@@ -135,6 +135,7 @@ class Identities(TorchDispatchMode):
         self.attributes = WeakTensorKeyDictionary()
         for name, tensor in tensor_attributes(self.model).items():
             self.attributes[tensor] = f"tensor attribute {name!r}"
+        before = {name: (p.data_ptr(), p._version) for name, p in self.model.named_parameters()}
         self.model.train(mode == "train")
         for module in self.modules:
             if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -156,6 +157,9 @@ class Identities(TorchDispatchMode):
         finally:
             for hook in hooks:
                 hook.remove()
+        for name, parameter in self.model.named_parameters():
+            if before.get(name) != (parameter.data_ptr(), parameter._version):
+                self.fixed.add(name)  # forward changes it itself, which it could not under a gate
         self._fix_outputs(output, mode)
 
     def _fix_outputs(self, output: Any, mode: str) -> None:
@@ -176,8 +180,9 @@ class Identities(TorchDispatchMode):
         self.stack.pop()
         self.ran.add(module)
         if module in self.watched:
-            found = [codes for t in tensors_in(output).values() if (codes := self.codes.get(t)) is not None]
-            self.watched[module] += [labels_in(codes).unique() for codes in found]
+            # the codes as they are: this runs inside the mode, and what it computed would count as the network's work
+            found = (self.codes.get(tensor) for tensor in tensors_in(output).values())
+            self.watched[module] += [codes for codes in found if codes is not None]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -325,4 +330,10 @@ class Identities(TorchDispatchMode):
         """A layer's raw output is used by something other than a batch norm: the layer itself needs a gate."""
         if (layer := self.raw_outputs.get(tensor)) is not None:
             weight, dim, gate = layer
-            self.raw[weight, dim] = gate
+            self.keep_gate(self.raw, (weight, dim), gate)
+
+    def keep_gate(self, gates: dict, place: Any, gate: Gate) -> None:
+        """Remember where a gate acts; a weight that is used with several biases has none that would act on all."""
+        if place in gates and gates[place].bias != gate.bias:
+            self.freeze(gate.labels, place if isinstance(place, str) else place[0], "", "fixed")
+        gates[place] = gate

@@ -72,14 +72,15 @@ def batch_norm(ids: Identities, call: Call) -> None:
             else:
                 ids.freeze(labels, call.name)
     gated = True
-    if isinstance(weight, nn.Parameter) and weight in ids.names:
-        ids.norms[ids.names[weight]] = Gate(None if bias is None else ids.names.get(bias), labels)
+    plain = bias is None or isinstance(bias, nn.Parameter)  # a buffer cannot be gated
+    if isinstance(weight, nn.Parameter) and weight in ids.names and plain:
+        ids.keep_gate(ids.norms, ids.names[weight], Gate(None if bias is None else ids.names.get(bias), labels))
     elif weight is None and isinstance(ids.module, nn.modules.batchnorm._BatchNorm) and ids.module in ids.modules:
         prefix = f"{ids.here}." if ids.here else ""
         ids.norms[f"{prefix}weight"] = Gate(f"{prefix}bias", labels, constant=True)
     elif weight in ids.moved and isinstance(ids.module, nn.modules.instancenorm._InstanceNorm):
         name = ids.moved[weight]
-        ids.norms[name] = Gate(ids.moved.get(bias), ids.entries[name])
+        ids.keep_gate(ids.norms, name, Gate(ids.moved.get(bias), ids.entries[name]))
     else:
         gated = False  # running statistics may then move zero
         ids.consume(x)
@@ -91,8 +92,8 @@ def group_norm(ids: Identities, call: Call) -> None:
     x, weight, bias = call.args[:3]
     groups = call.args[6]
     # A number of groups that is written in a call, or in a module without tensors of that size, cannot follow.
-    follows = isinstance(ids.module, nn.GroupNorm) and isinstance(weight, nn.Parameter)
-    if groups == 1 or not follows or ids.module._parameters.get("weight") is not weight:
+    own = ids.module._parameters if isinstance(ids.module, nn.GroupNorm) and ids.module in ids.modules else {}
+    if groups == 1 or weight is None or own.get("weight") is not weight or own.get("bias") is not bias:
         ids.consume(x)
         return ids.unknown(call)
     labels = ids.channelwise(x, 1, call.name) >> 1
@@ -100,8 +101,10 @@ def group_norm(ids: Identities, call: Call) -> None:
     names = [None if tensor is None else ids.names[tensor] for tensor in (weight, bias)]
     for name in filter(None, names):
         ids.register(name, 0, labels)
-    ids.norms[names[0]] = Gate(names[1], labels)
+    ids.keep_gate(ids.norms, names[0], Gate(names[1], labels))
     ids.set(call.outputs[0], along(labels, call.outputs[0], 1))
+    for statistics in call.outputs[1:]:  # one number a group
+        ids.set(statistics, along(labels[:: x.shape[1] // groups], statistics, 1, unsafe=1))
 
 
 def _tie_groups(ids: Identities, labels: Tensor) -> None:

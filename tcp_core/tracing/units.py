@@ -14,7 +14,8 @@ from ..channels import Channels, Family, GateSite, Layer, Padding
 from ..cost import CostBuilder, CostModel
 from ..explanation import Cause
 from ..memory import Activations, Storage
-from ..removal import tensor_shapes
+from ..removal import groups_of, tensor_shapes
+from .codes import labels_in
 from .identities import Identities
 
 
@@ -79,6 +80,7 @@ class Units:
             sites=self._sites(),
             paddings=tuple(Padding(m, at, self.of(front), self.of(back)) for m, (at, front, back) in ids.pads.items()),
             shapes=tensor_shapes(ids.model),
+            groups=groups_of(ids.model),
             cost_model=cost_model,
             state=self._state(),
             activations=self._activations(),
@@ -93,7 +95,9 @@ class Units:
         """
         names = {id(p): name for name, p in self.ids.model.named_parameters()}
         weights = {names[id(p)] for module in modules for p in module.parameters(recurse=False)}
-        units = [self.of(labels) for module in modules for labels in self.ids.watched.get(module, ())]
+        units = [
+            self.of(labels_in(codes)).flatten() for module in modules for codes in self.ids.watched.get(module, ())
+        ]
         units += [layer.out_units for layer in layers if layer.weight in weights]
         units += [self.of(gate.labels) for weight, gate in self.ids.norms.items() if weight in weights]
         units = torch.cat(units).unique() if units else torch.zeros(0, dtype=torch.int64)
@@ -201,11 +205,17 @@ def _families(model: CostModel, slots: dict, layers: Sequence[Layer]) -> tuple[F
     sums.index_add_(0, model.columns, model.times[:, None] * keys[model.rows])
     family = sums.unique(dim=0, return_inverse=True)[1]
     members: dict[int, dict[str, None]] = {}
+    times: dict[int, set[int]] = {}
     for layer in layers:
         for units in slots.get(layer.weight, ()):
             if units is not None:
-                for index in family[units[units >= 0]].unique().tolist():
+                there, counts = units[units >= 0].unique(return_counts=True)
+                for index, count in set(zip(family[there].tolist(), counts.tolist(), strict=True)):
                     members.setdefault(index, {})[layer.name] = None
+                    times.setdefault(index, set()).add(count)
     parts = family.argsort(stable=True).split(family.bincount().tolist())
-    found = [Family(units, tuple(members.get(index, ()))) for index, units in enumerate(parts)]
+    found = [
+        Family(units, tuple(members.get(index, ())), tuple(sorted(times.get(index, {1}))))
+        for index, units in enumerate(parts)
+    ]
     return tuple(sorted(found, key=lambda each: int(each.units[0])))

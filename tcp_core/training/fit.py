@@ -137,7 +137,7 @@ def fit(
     """
     device = device_of(model, device)
     check_precision(precision, device)
-    _check(epochs, accumulate, restart, clip, ema, teacher_weight, temperature, tailoring)
+    _check(epochs, seed, accumulate, restart, warmup, clip, ema, teacher_weight, temperature, tailoring)
     _check_objective(loss, label_smoothing, teacher, teacher_weight, temperature)
     mix = mixer(mixing, train)
     optimised, following = optimise(optimizer, lr, momentum, weight_decay), scheduled(schedule, warmup, restart)
@@ -214,18 +214,26 @@ def _say(text: str) -> None:
         pass
 
 
-def _check(epochs, accumulate, restart, clip, ema, teacher_weight, temperature, tailoring: Mapping) -> None:
+def _check(
+    epochs, seed, accumulate, restart, warmup, clip, ema, teacher_weight, temperature, tailoring: Mapping
+) -> None:
     """Refuse numbers out of range, and options that are another object's."""
     for name, value, allowed, right in (
         ("restart", restart, "a share of the run in [0, 1), 0 for no restart", lambda share: 0 <= share < 1),
+        ("warmup", warmup, "a share of the run in [0, 1), or None", lambda share: share is None or 0 <= share < 1),
         ("epochs", epochs, "an int of at least 1", lambda count: isinstance(count, int) and count >= 1),
+        ("seed", seed, "an int of at least 0", lambda number: isinstance(number, int) and number >= 0),
         ("accumulate", accumulate, "an int of at least 1", lambda count: isinstance(count, int) and count >= 1),
         ("clip", clip, "a norm above 0, or None", lambda norm: norm is None or norm > 0),
         ("ema", ema, "a decay in (0, 1), such as 0.999, or None", lambda decay: decay is None or 0 < decay < 1),
         ("teacher_weight", teacher_weight, "a share of the loss in [0, 1]", lambda share: 0 <= share <= 1),
         ("temperature", temperature, "above 0", lambda value: value > 0),
     ):
-        if not right(value):
+        try:
+            fits = right(value)
+        except TypeError:  # no number at all
+            fits = False
+        if not fits:
             raise ValueError(f"{name}={value!r}; it must be {allowed}.")
     for name in {"workers", "num_workers"} & tailoring.keys():
         raise TypeError(

@@ -8,9 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Number
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import pandas as pd
@@ -29,6 +27,7 @@ from .batches import by_epoch
 from .evaluation import device_of
 from .fit import fit
 from .frames import training_cost
+from .identity import described
 from .processes import agree, rank_and_world
 from .run import FitResult
 
@@ -75,7 +74,9 @@ def ladder(
         folder: where each rung's network (``rung1.safetensors``, for :func:`tcp_core.load`), the table and checkpoints
             are kept. A ladder that was stopped goes on from there.
         on_epoch: called with each row of the history.
-        options: further options of :func:`tcp_core.fit`, the same on every rung.
+        options: further options of :func:`tcp_core.fit`, the same on every rung. A ``teacher`` is as it is now on all
+            of them, also if it is ``model`` itself. ``min_width`` is a number of units, not a share, which would be one
+            of the rung above.
 
     Raises:
         BudgetError: before any training, if a budget cannot be met or is not below the one before it.
@@ -93,10 +94,21 @@ def ladder(
         raise ValueError(
             f"{len(budgets)} budgets and {len(epochs)} numbers of epochs; give one for each, at least one."
         )
+    if isinstance(options.get("min_width"), float):
+        raise ValueError(
+            f"min_width={options['min_width']!r}: on a ladder a share would be of what the rung above has left; give "
+            f"the fewest units of a family as an int."
+        )
+    if isinstance(options.get("teacher"), nn.Module):
+        options["teacher"] = copy.deepcopy(options["teacher"])  # the network itself gets smaller
     device = device_of(model, options.get("device"))
     model.to(device)  # as fit does
     dense, bounds = _planned(model, train, budgets, epochs, options)
-    said = {name: _said(value) for name, value in sorted(options.items()) if name not in UNSAID}
+    said = {
+        name: repr(value) if isinstance(value, Latency) else described(value)
+        for name, value in sorted(options.items())
+        if name not in UNSAID
+    }
     plan = {"bounds": bounds, "epochs": epochs, "dense": dense, "options": said}
     place = None if folder is None else _Folder(Path(folder), json.loads(json.dumps(plan)))
     done = [] if place is None else place.read()
@@ -134,12 +146,6 @@ def ladder(
 
 UNSAID = ("device", "on_step", "verbose")
 """Options that results do not depend on."""
-
-
-def _said(value: Any) -> str:
-    """Return what an option is, in words that are the same in the next process: no address in memory."""
-    plain = str, Number, NoneType, list, tuple, dict, Latency
-    return repr(value) if isinstance(value, plain) else getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _planned(
