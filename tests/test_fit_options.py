@@ -74,6 +74,8 @@ def test_options_of_another_object_are_refused(images):
         ("ema", (0, 1, 1.5)),
         ("teacher_weight", (-0.1, 1.1)),
         ("temperature", (0, -1)),
+        ("warmup", (2.0, 1, -1)),
+        ("seed", (None, -1, 0.5)),  # None would be taken for images that are neither shuffled nor augmented
     ],
 )
 def test_numbers_out_of_range(images, name, values):

@@ -730,3 +730,40 @@ def test_buffers_that_a_forward_pass_makes_anew_are_no_other_model():
         optimizer.step()
         tailor.step()
     assert tailor.finish()[0].out_channels == average.module[0].out_channels < 16
+
+
+@pytest.mark.parametrize("kind", ["lbfgs", "lists"])
+def test_a_copy_takes_along_no_state_that_does_not_fit(kind):
+    model, (x, y) = network(), batch()
+    if kind == "lbfgs":
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    else:
+        optimizer = sgd(model.parameters())
+
+    def closure(called):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(called(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(partial(closure, model))
+    if kind == "lists":
+        for parameter in model.parameters():
+            optimizer.state[parameter]["history"] = [torch.zeros_like(parameter)]
+    channels = trace(model, x[:2])
+    small = remove(model, channels, random_open(channels, 0.5), optimizer=optimizer)
+    for state in optimizer.state.values():
+        assert "history" not in state
+    optimizer.step(partial(closure, small))
+    assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == sum(
+        p.numel() for p in small.parameters()
+    )
+
+
+def test_evaluated_in_inference_mode_and_trained_on_after_a_copy():
+    _, tailor = made()
+    tailor = copy.deepcopy(tailor)  # its modules are bound anew when it is first called
+    with torch.inference_mode():
+        tailor.eval()(batch()[0])
+    tailor.train()
+    assert run(tailor, sgd(tailor.model.parameters()), steps=3)

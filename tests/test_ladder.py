@@ -1,6 +1,7 @@
 """Down a ladder of budgets: one network a rung, each within its budget, and a ladder that is stopped goes on."""
 
 import copy
+import importlib
 import json
 
 import pandas as pd
@@ -12,6 +13,7 @@ import tcp_core as tcp
 from tcp_core import BudgetError, nets
 from tcp_core.datasets import sources
 
+ladder_module = importlib.import_module("tcp_core.training.ladder")  # the package has a function of that name
 BUDGETS = [{"macs": 0.7}, {"macs": "45%", "params": 0.6}, {"macs": 0.2}]
 
 
@@ -148,6 +150,37 @@ def test_functions_among_the_options_are_the_same_in_the_next_process(images, tm
     assert again.table.equals(first.table)  # read, not trained
 
 
+def test_functions_that_hold_other_numbers_are_another_ladder(images, tmp_path):
+    def made(lr):
+        return lambda groups: torch.optim.SGD(groups, lr=lr)
+
+    how = {"folder": tmp_path, "budgets": [{"macs": 0.5}], "epochs": 8, "verbose": False, "lr": None}
+    descend(images, optimizer=made(0.05), **how)
+    with pytest.raises(ValueError, match="holds a ladder with options"):
+        descend(images, optimizer=made(0.1), **how)
+
+
+def test_a_teacher_stays_the_network_that_it_was(images, tmp_path, monkeypatch):
+    taught = []
+
+    def spy(model, *args, **options):
+        taught.append([parameter.clone() for parameter in options["teacher"].parameters()])
+        return tcp.fit(model, *args, **options)
+
+    monkeypatch.setattr(ladder_module, "fit", spy)
+    model, how = build(), {"budgets": [{"macs": 0.7}, {"macs": 0.4}], "epochs": 8}
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    curve = descend(images, model, teacher=model, folder=tmp_path / "whole", **how)
+    for each in taught:
+        assert all(map(torch.equal, each, before))
+    # stopped between the rungs, and gone on by a process that has built the network anew
+    state = json.loads((tmp_path / "whole" / "ladder.json").read_text())
+    (tmp_path / "whole" / "ladder.json").write_text(json.dumps(state | {"rungs": state["rungs"][:1]}))
+    again = build()
+    resumed = descend(images, again, teacher=again, folder=tmp_path / "whole", **how)
+    assert all(map(torch.equal, resumed.models[1].parameters(), curve.models[1].parameters()))
+
+
 def test_fit_says_where_a_list_of_budgets_is_taken(images):
     with pytest.raises(TypeError, match="tcp.ladder"):
         tcp.fit(build(), *images, budget=BUDGETS, epochs=8)
@@ -170,6 +203,7 @@ def test_fit_says_where_a_list_of_budgets_is_taken(images):
         ({"unused": ["nothing"]}, ValueError, "nothing"),
         ({"epochs": [8, 8]}, ValueError, "3 budgets and 2 numbers of epochs"),
         ({"prune": None}, TypeError, "budgets="),
+        ({"min_width": 0.5}, ValueError, "min_width=0.5: on a ladder a share"),
     ],
 )
 def test_what_cannot_be_is_refused_before_training(images, options, error, text):

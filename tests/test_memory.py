@@ -196,3 +196,19 @@ def test_impossible_bytes_are_refused_with_what_is_possible():
         tcp.Tailor(Digits(), torch.randn(1, 1, 8, 8), budget={"memory": "100 B"}, steps=100)
     with pytest.raises(tcp.BudgetError, match=r"weights budget of 50 B .* Give weights >= \d+ B,"):
         tcp.Tailor(Digits(), torch.randn(1, 1, 8, 8), budget={"weights": 50}, steps=100)
+
+
+@pytest.mark.parametrize("ignore", ["layer1", ["layer1.*", "layer2.*"], ["*"]])
+def test_what_is_to_be_kept_costs_no_memory(ignore):
+    model, x = torchvision.models.resnet18(num_classes=10), torch.randn(2, 3, 64, 64)
+    channels = tcp.trace(model, x, ignore=ignore)
+    assert channels.bytes() == tcp.trace(model, x).bytes() == measured(model, x[:1].clone())
+
+
+def test_statistics_of_group_norms_leave_with_their_groups():
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.GroupNorm(16, 32), nn.ReLU(), nn.Conv2d(32, 4, 1))
+    channels = tcp.trace(model, torch.randn(2, 3, 2, 2))  # small, so that sixteen means and deviations count
+    for seed in range(5):
+        open_units = random_open(channels, 0.5, seed)
+        small = tcp.remove(model, channels, open_units)
+        assert channels.bytes(open_units) == measured(small, torch.randn(1, 3, 2, 2))

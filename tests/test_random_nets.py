@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from zoo import counted, random_open
 
 from tcp_core import close, remove, trace
+from tcp_core.selection import fill
 from tcp_core.tracing.arithmetic import is_pointwise
 
 TOLERANCE = 1e-9  # relative, in float64: the order of summation differs, nothing else may
@@ -454,6 +455,107 @@ def test_groups_that_are_written_in_a_call_keep_their_channels():
     channels, _ = check(GroupNormed(4, functional=True).double())
     assert channels.prunable.sum() == 6
     assert ("native_group_norm", "") in channels.unknown
+
+
+@pytest.mark.parametrize("bias", ["computed", "buffer"])
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_norm_whose_bias_cannot_be_gated_keeps_its_channels(norm, bias):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8) if norm == "group" else nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    ).double()
+    values = model[1].bias.detach() + 0.5
+    if bias == "computed":
+        nn.utils.parametrize.register_parametrization(model[1], "bias", nn.Tanh())
+    else:
+        del model[1].bias
+        model[1].register_buffer("bias", values)
+    channels, _ = check(model)
+    assert channels.prunable.sum() == 0
+
+
+def test_a_weight_with_two_biases_keeps_its_channels():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+            self.second.weight = self.first.weight
+            self.last = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu() + self.second(x).relu())
+
+    channels, _ = check(Twice().double())
+    assert channels.prunable.sum() == 0
+
+
+class Bounded(nn.Conv2d):
+    """Bounds the norm of its filters itself, as EEGNet does."""
+
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.5)
+        return super().forward(x)
+
+
+def test_a_weight_that_forward_changes_is_not_gated():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Bounded(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 1), nn.Conv2d(5, 4, 1))
+    with torch.no_grad():
+        model[1].weight *= 5
+    channels = trace(model.double(), example())
+    assert channels.prunable.sum() == 5
+    gated = close(model, channels, torch.ones(channels.units, dtype=torch.bool))
+    gated(example())
+    assert model[1].weight.flatten(1).norm(dim=1).max() <= 0.5 + 1e-6
+
+
+class Scaled(nn.Module):
+    """A residual branch that computes a number from its width, behind a norm that is zero at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 1)
+        self.outer, self.norm, self.last = nn.Conv2d(12, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x):
+        x = self.stem(x)
+        h = self.inner(x).relu()
+        return self.last(x + self.norm(self.outer(h * h.size(1) ** -0.5)))
+
+
+def test_what_zeros_hide_is_seen():
+    model = Scaled().double()
+    channels = trace(model, example())
+    assert channels.prunable.sum() == 8
+    assert "computed" in {cause.kind for cause in channels.causes}
+    assert not model.norm.weight.any()  # as it was
+    check(model)
+
+
+def test_a_scripted_part_is_no_obstacle():
+    class Act(nn.Module):
+        def forward(self, x):
+            return x * torch.sigmoid(x)
+
+    with pytest.warns(FutureWarning, match="deprecated"):
+        act = torch.jit.script(Act())
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), act, nn.Conv2d(8, 4, 1)).double()
+    assert trace(model, example()).prunable.sum() == 8
+
+
+@pytest.mark.parametrize(("groups", "multiple"), [(4, 8), (8, 8), (16, 8), (32, 8), (64, 8), (16, 4), (4, 4)])
+def test_multiples_are_of_channels_also_where_these_leave_in_groups(groups, multiple):
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.GroupNorm(groups, 64), nn.ReLU(), nn.Conv2d(64, 24, 3), nn.ReLU())
+    model.append(nn.Conv2d(24, 4, 1))
+    channels = trace(model, torch.randn(2, 3, 8, 8))
+    score = torch.rand(channels.units, generator=torch.Generator().manual_seed(0))
+    seen = set()
+    for share in (0.2, 0.4, 0.5, 0.7, 0.9):
+        winning = fill(channels, score, {"macs": share * channels.cost()["macs"]}, multiple=multiple)
+        widths = channels.widths(winning)
+        assert widths["0"] % multiple == widths["3"] % multiple == 0
+        seen.add(widths["0"])
+    assert len(seen) >= 3  # and they are no coarser than they must be
 
 
 def test_unknown_operators_freeze_and_are_named():

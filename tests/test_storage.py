@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from zoo import counted, random_open
 
-from tcp_core import FileError, fit, load, nets, remove, save, storage, trace
+from tcp_core import FileError, Tailor, fit, load, nets, remove, save, storage, trace
 from tcp_core.datasets import sources
 
 
@@ -412,3 +412,29 @@ def test_a_failed_load_leaves_the_dense_network_alone(path):
     with contextlib.suppress(FileError):
         load(dense, path)
     torch.testing.assert_close(dense.state_dict(), before, rtol=0, atol=0)
+
+
+def test_another_number_of_groups_is_another_network(tmp_path):
+    def build(groups):
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(groups, 16), nn.ReLU(), nn.Conv2d(16, 4, 1))
+
+    x, dense = torch.randn(2, 3, 8, 8), build(8)
+    channels = trace(dense, x)
+    open_units = torch.ones(channels.units, dtype=torch.bool)
+    open_units[:2] = False
+    path = save(remove(dense, channels, open_units), tmp_path / "a.safetensors")
+    assert load(build(8), path)[1].num_groups == 6
+    for groups in (2, 4, 16):
+        with pytest.raises(FileError, match="num_groups of '1' to 6|'1' do not go together"):
+            load(build(groups), path)
+        with pytest.raises(ValueError, match="'1' has .* groups here and 8 in the trace"):
+            remove(build(groups), channels, open_units)
+
+
+def test_what_is_wrapped_is_saved_as_what_it_wraps(tmp_path):
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)), torch.randn(2, 3, 8, 8)
+    path = save(torch.compile(model), tmp_path / "a.safetensors")
+    assert torch.equal(load(copy.deepcopy(model), path)(x), model(x))
+    with pytest.raises(ValueError, match=r"this is a Tailor.*save what its finish\(\) returns"):
+        save(Tailor(model, x, budget={"macs": 0.5}, steps=100), tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
