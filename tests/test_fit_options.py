@@ -75,12 +75,15 @@ def test_options_of_another_object_are_refused(images):
         ("teacher_weight", (-0.1, 1.1)),
         ("temperature", (0, -1)),
         ("warmup", (2.0, 1, -1)),
+        ("checkpoint_every", (-1, 0.5)),
+        ("clip", ("1",)),
+        ("mixing", (["cutmix"],)),
         ("seed", (None, -1, 0.5)),  # None would be taken for images that are neither shuffled nor augmented
     ],
 )
 def test_numbers_out_of_range(images, name, values):
     for value in values:
-        with pytest.raises(ValueError, match=rf"{name}={value}; it must be "):
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}; it must be ")):
             run(images, **{name: value})
 
 

@@ -473,19 +473,31 @@ def test_a_norm_whose_bias_cannot_be_gated_keeps_its_channels(norm, bias):
     assert channels.prunable.sum() == 0
 
 
-def test_a_weight_with_two_biases_keeps_its_channels():
+@pytest.mark.parametrize(
+    ("norm", "free"),
+    [(None, 8), (nn.BatchNorm2d, 8), (lambda channels: nn.GroupNorm(4, channels), 4)],
+    ids=["convolution", "batch norm", "group norm"],
+)
+def test_a_weight_with_two_biases_has_both_gated(norm, free):
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
             self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
-            self.second.weight = self.first.weight
+            if norm is None:
+                self.second.weight = self.first.weight
+                self.norms = nn.ModuleList([nn.Identity(), nn.Identity()])
+            else:
+                self.norms = nn.ModuleList([norm(8), norm(8)])
+                self.norms[1].weight = self.norms[0].weight
             self.last = nn.Conv2d(8, 4, 1)
+            for parameter in self.parameters():
+                nn.init.uniform_(parameter, 0.1, 0.5)  # biases that no ReLU hides
 
         def forward(self, x):
-            return self.last(self.first(x).relu() + self.second(x).relu())
+            return self.last(self.norms[0](self.first(x)).relu() + self.norms[1](self.second(x)).relu())
 
     channels, _ = check(Twice().double())
-    assert channels.prunable.sum() == 0
+    assert channels.prunable.sum() == free
 
 
 class Bounded(nn.Conv2d):

@@ -333,7 +333,9 @@ class Identities(TorchDispatchMode):
             self.keep_gate(self.raw, (weight, dim), gate)
 
     def keep_gate(self, gates: dict, place: Any, gate: Gate) -> None:
-        """Remember where a gate acts; a weight that is used with several biases has none that would act on all."""
-        if place in gates and gates[place].bias != gate.bias:
-            self.freeze(gate.labels, place if isinstance(place, str) else place[0], "", "fixed")
-        gates[place] = gate
+        """Remember where a gate acts; further biases that a weight is used with have gates of their own."""
+        known = gates.get(place)
+        if known is None or known.bias is None:
+            gates[place] = gate
+        elif gate.bias not in (None, known.bias):
+            self.added.add(gate.bias)

@@ -89,7 +89,7 @@ def mixer(mixing: str, images: Images | Iterable) -> Callable[[Tensor, Tensor], 
     "none" changes nothing. Else labels become float ``[batch, classes]``, the share of each class: MixUp (Zhang et al.
     2018) and CutMix (Yun et al. 2019) as torchvision has them, with torch's own random numbers and alpha 1.
     """
-    if mixing not in MIXING:
+    if mixing not in list(MIXING):  # a list, as what is given need not have a hash
         raise ValueError(f"mixing={mixing!r}; it must be one of {', '.join(MIXING)}.")
     if mixing == "none":
         return lambda x, y: (x, y)

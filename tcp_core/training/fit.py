@@ -137,7 +137,9 @@ def fit(
     """
     device = device_of(model, device)
     check_precision(precision, device)
-    _check(epochs, seed, accumulate, restart, warmup, clip, ema, teacher_weight, temperature, tailoring)
+    given = {"epochs": epochs, "seed": seed, "accumulate": accumulate, "checkpoint_every": checkpoint_every}
+    given |= {"warmup": warmup, "restart": restart, "clip": clip, "ema": ema}
+    _check(given | {"teacher_weight": teacher_weight, "temperature": temperature}, tailoring)
     _check_objective(loss, label_smoothing, teacher, teacher_weight, temperature)
     mix = mixer(mixing, train)
     optimised, following = optimise(optimizer, lr, momentum, weight_decay), scheduled(schedule, warmup, restart)
@@ -214,21 +216,29 @@ def _say(text: str) -> None:
         pass
 
 
-def _check(
-    epochs, seed, accumulate, restart, warmup, clip, ema, teacher_weight, temperature, tailoring: Mapping
-) -> None:
+def _whole(least: int) -> Callable[[Any], bool]:
+    return lambda number: isinstance(number, int) and number >= least
+
+
+ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "epochs": ("an int of at least 1", _whole(1)),
+    "seed": ("an int of at least 0", _whole(0)),
+    "accumulate": ("an int of at least 1", _whole(1)),
+    "checkpoint_every": ("an int of at least 0 steps, 0 for one an epoch", _whole(0)),
+    "warmup": ("a share of the run in [0, 1), or None", lambda share: share is None or 0 <= share < 1),
+    "restart": ("a share of the run in [0, 1), 0 for no restart", lambda share: 0 <= share < 1),
+    "clip": ("a norm above 0, or None", lambda norm: norm is None or norm > 0),
+    "ema": ("a decay in (0, 1), such as 0.999, or None", lambda decay: decay is None or 0 < decay < 1),
+    "teacher_weight": ("a share of the loss in [0, 1]", lambda share: 0 <= share <= 1),
+    "temperature": ("above 0", lambda value: value > 0),
+}
+"""What numbers may be, in words, and whether one is that."""
+
+
+def _check(given: Mapping[str, Any], tailoring: Mapping) -> None:
     """Refuse numbers out of range, and options that are another object's."""
-    for name, value, allowed, right in (
-        ("restart", restart, "a share of the run in [0, 1), 0 for no restart", lambda share: 0 <= share < 1),
-        ("warmup", warmup, "a share of the run in [0, 1), or None", lambda share: share is None or 0 <= share < 1),
-        ("epochs", epochs, "an int of at least 1", lambda count: isinstance(count, int) and count >= 1),
-        ("seed", seed, "an int of at least 0", lambda number: isinstance(number, int) and number >= 0),
-        ("accumulate", accumulate, "an int of at least 1", lambda count: isinstance(count, int) and count >= 1),
-        ("clip", clip, "a norm above 0, or None", lambda norm: norm is None or norm > 0),
-        ("ema", ema, "a decay in (0, 1), such as 0.999, or None", lambda decay: decay is None or 0 < decay < 1),
-        ("teacher_weight", teacher_weight, "a share of the loss in [0, 1]", lambda share: 0 <= share <= 1),
-        ("temperature", temperature, "above 0", lambda value: value > 0),
-    ):
+    for name, value in given.items():
+        allowed, right = ALLOWED[name]
         try:
             fits = right(value)
         except TypeError:  # no number at all

@@ -122,6 +122,8 @@ def teacher_of(model: nn.Module | None, device: torch.device) -> nn.Module | Non
 
     A copy, because the teacher may be the very network that is trained, and because the user's stays as it is.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"teacher is a {type(model).__name__}; it must be a network, or None.")
     return None if model is None else copy.deepcopy(model).to(device).eval().requires_grad_(False)
 
 
