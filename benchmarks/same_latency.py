@@ -103,7 +103,8 @@ def add(out: Path, row: dict) -> None:
 
 
 def time_again(options: argparse.Namespace, model: torch.nn.Module, channels: tcp.Channels, place: tcp.Latency) -> None:
-    """Put into the rows of one network what its networks take when they are timed in turns, in one go."""
+    """Put into the rows of one network what its networks take when they are timed in turns, for long."""
+    place.seconds *= 3
     content = written(options.out)
     rows = [row for row in content["rows"] if row["network"] == options.network and row["batch"] == options.batch]
     *timings, dense = place.networks(model, channels, [*(of_widths(channels, row["widths"]) for row in rows), None])

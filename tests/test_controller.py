@@ -149,11 +149,12 @@ def test_fill_in_multiples_leaves_no_block_that_fits(problem, multiple):
     assert_allowed(channels, winning, min_width)
     for family in channels.families:
         width, inside = int(winning[family.units].sum()), score[family.units][winning[family.units]]
-        assert width % multiple == 0 or width == len(family.units)
+        block = family.block(multiple)  # of units; fewer than the multiple where each is several channels
+        assert width % block == 0 or width == len(family.units)
         outside = family.units[~winning[family.units]]
         if channels.prunable[family.units].all() and len(outside):
             assert inside.min() >= score[outside].max()
-        best = outside[score[outside].argsort(descending=True, stable=True)][:multiple]
+        best = outside[score[outside].argsort(descending=True, stable=True)][:block]
         more = winning.index_fill(0, best, True)
         assert not len(best) or not within(channels, more, bounds)
 
