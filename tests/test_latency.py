@@ -816,7 +816,7 @@ def test_accuracy_at_the_same_latency_is_as_the_page_says():
     page = (ROOT / "docs" / "latency.md").read_text()
     assert between(page, "same latency") == benchmark.table(rows)
     for row in rows:  # they are at one latency, so that accuracies can be compared
-        assert row["ms"] / row["dense_ms"] == pytest.approx(row["latency"], rel=0.07)
+        assert row["ms"] / row["dense_ms"] == pytest.approx(row["latency"], rel=0.1)
         assert len(row["history"]["epoch"]) == row["epochs"]
         assert row["history"]["train_loss"][-1] == row["train_loss"]
     scan = json.loads((ROOT / "results" / "benchmarks" / "same_latency_scan.json").read_text())
