@@ -79,8 +79,8 @@ def batch_norm(ids: Identities, call: Call) -> None:
         prefix = f"{ids.here}." if ids.here else ""
         ids.norms[f"{prefix}weight"] = Gate(f"{prefix}bias", labels, constant=True)
     elif weight in ids.moved and isinstance(ids.module, nn.modules.instancenorm._InstanceNorm):
-        name = ids.moved[weight]
-        ids.keep_gate(ids.norms, name, Gate(ids.moved.get(bias), ids.entries[name]))
+        name, of_bias = ids.moved[weight], None if bias is None else ids.moved.get(bias)
+        ids.keep_gate(ids.norms, name, Gate(of_bias, ids.entries[name]))
     else:
         gated = False  # running statistics may then move zero
         ids.consume(x)
