@@ -78,8 +78,12 @@ def batch_norm(ids: Identities, call: Call) -> None:
     elif weight is None and isinstance(ids.module, nn.modules.batchnorm._BatchNorm) and ids.module in ids.modules:
         prefix = f"{ids.here}." if ids.here else ""
         ids.norms[f"{prefix}weight"] = Gate(f"{prefix}bias", labels, constant=True)
-    elif weight in ids.moved and isinstance(ids.module, nn.modules.instancenorm._InstanceNorm):
-        name, of_bias = ids.moved[weight], None if bias is None else ids.moved.get(bias)
+    elif (
+        isinstance(ids.module, nn.modules.instancenorm._InstanceNorm)
+        and weight in ids.moved
+        and (bias is None or bias in ids.moved)
+    ):
+        name, of_bias = ids.moved[weight], None if bias is None else ids.moved[bias]
         ids.keep_gate(ids.norms, name, Gate(of_bias, ids.entries[name]))
     else:
         gated = False  # running statistics may then move zero
