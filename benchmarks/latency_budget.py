@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--backends", nargs="+", default=["onnxruntime", "torch"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64])
+    parser.add_argument("--device", default="cpu", help="where torch runs; a file holds the rows of one device")
     parser.add_argument("--latency", type=float, default=0.5, help="share of the dense network's latency")
     parser.add_argument("--macs", action="store_true", help="budget the same share of macs instead, multiple='auto'")
     parser.add_argument("--seconds", type=float, default=2.0, help="of one measurement in the loop")
@@ -74,7 +75,7 @@ def main() -> None:
                     continue
                 print(json.dumps(row), flush=True)
                 content["rows"].append(row | {"beside": options.beside})
-                content |= environment("cpu")
+                content |= environment(options.device)
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -103,7 +104,9 @@ def measure(network: str, backend: str, batch: int, budget: str, options: argpar
     dense = torchvision.models.get_model(network) if size == 224 else nets.build(network, num_classes=10)
     channels = tcp.trace(dense, torch.randn(2, 3, size, size))
     table = options.tables / f"{network}-{backend}-{batch}.json"
-    place = tcp.Latency(backend, batch=batch, table=table, seconds=options.seconds, noise=options.noise)
+    place = tcp.Latency(
+        backend, batch=batch, device=options.device, table=table, seconds=options.seconds, noise=options.noise
+    )
     started = time.perf_counter()
     cost = place.cost(dense, channels)
     seconds = {"table": time.perf_counter() - started}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,39 +59,54 @@ def fill(
     of so many channels, by their mean score: its width is a multiple, or what it was. ``cost`` is what ``bounds`` are
     on, macs and params by default; they must not be below the cost of :func:`required_units`.
     """
-    order, first, block = _ranked(channels, score, min_width, multiple)
-    return _top_up(channels.cost_model if cost is None else cost, first, order[~first[order]], bounds, block)
+    order, first, blocks = _ranked(channels, score, min_width, multiple)
+    return _top_up(channels.cost_model if cost is None else cost, first, order[~first[order]], bounds, blocks)
+
+
+class _Blocks(NamedTuple):
+    """The block of each unit, int64 ``[units]``, named by its best unit, and the block that must win before it: another
+    one for what is left at the end of a family when it is cut into blocks, which may only make the family whole.
+    """
+
+    block: Tensor
+    before: Tensor
 
 
 def _ranked(
     channels: Channels, score: Tensor, min_width: int | float, multiple: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, _Blocks | None]:
     """Return all units from the best down, block by block, and what :func:`_blocks` says of them."""
     score = score.double().where(channels.prunable, torch.inf)
     order = score.argsort(descending=True, stable=True)
-    first, block = _blocks(channels, order, min_width, multiple)
-    if block is not None:
+    first, blocks = _blocks(channels, order, min_width, multiple)
+    if blocks is not None:
+        block, before = blocks
         worth = torch.zeros_like(score).index_add_(0, block, score) / torch.bincount(block, minlength=len(score))
+        worth = worth.minimum(worth[before])  # a mean of equal scores may be rounded up
         order = block.argsort(stable=True)
         order = order[worth[block[order]].argsort(descending=True, stable=True)]
-    return order, first, block
+    return order, first, blocks
 
 
-def _blocks(channels: Channels, order: Tensor, min_width: int | float, multiple: int) -> tuple[Tensor, Tensor | None]:
-    """Return which units must win, bool ``[units]``, and the block of each, int64 ``[units]``, named by its best unit;
-    None for the latter where each unit is its own. ``order`` is that of all units, best first.
+def _blocks(channels: Channels, order: Tensor, min_width: int | float, multiple: int) -> tuple[Tensor, _Blocks | None]:
+    """Return which units must win, bool ``[units]``, and the blocks; None for the latter where each unit is its own.
+    ``order`` is that of all units, best first.
     """
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     first, block = ~channels.prunable, torch.arange(len(order))
+    before = block.clone()
     for family in channels.families:
         best = family.units[place[family.units].argsort()]
         size = family.block(multiple)
         first[best[: -(-least(min_width, family) // size) * size]] = True
-        block[best] = best[torch.arange(len(best)) // size * size]
+        block[best] = before[best] = best[torch.arange(len(best)) // size * size]
+        rest = len(best) % size
+        if rest and rest < len(best):
+            before[best[-rest:]] = best[-rest - size]
     if multiple == 1:
         return first, None
-    return torch.zeros_like(first).index_fill_(0, block[first], True)[block], block
+    return torch.zeros_like(first).index_fill_(0, block[first], True)[block], _Blocks(block, before)
 
 
 def _fits(cost: Cost, winning: Tensor, bounds: Mapping[str, float]) -> bool:
@@ -99,11 +115,12 @@ def _fits(cost: Cost, winning: Tensor, bounds: Mapping[str, float]) -> bool:
 
 
 def _top_up(
-    cost: Cost, winning: Tensor, rest: Tensor, bounds: Mapping[str, float], block: Tensor | None = None
+    cost: Cost, winning: Tensor, rest: Tensor, bounds: Mapping[str, float], blocks: _Blocks | None = None
 ) -> Tensor:
     """Return ``winning`` with the first block of ``rest`` (unit indices, best first) that still fits added, and so on;
-    without ``block`` each unit is one.
+    without ``blocks`` each unit is one.
     """
+    block, before = (None, None) if blocks is None else blocks
     while len(rest):
         of = rest if block is None else block[rest]
         ends = torch.cat([of.diff().nonzero().flatten() + 1, torch.tensor([len(of)])])
@@ -125,6 +142,8 @@ def _top_up(
                 least = torch.zeros_like(extra[name]).index_add_(0, block[rest], least)[block[rest]]
             room &= found[name] + least <= bound
         rest = rest[room]  # what does not fit now never will
+        if before is not None:  # nor will what could only come after it
+            rest = rest[winning.index_fill(0, rest, True)[before[rest]]]
     return winning
 
 
@@ -162,10 +181,10 @@ def tighten(
         found = model.exact(open_units)
         return torch.tensor([found[name] / bound for name, bound in bounds.items()], dtype=torch.float64)
 
-    order, _, block = _ranked(channels, score, *limits)
+    order, _, blocks = _ranked(channels, score, *limits)
 
     def filled(open_units: Tensor) -> Tensor:  # a unit costs less once a neighbour in its layer has left
-        return _top_up(model, open_units, order[~open_units[order]], bounds, block)
+        return _top_up(model, open_units, order[~open_units[order]], bounds, blocks)
 
     def exchanged(open_units: Tensor) -> Tensor:
         while used(open_units).max() < FULL:

@@ -138,7 +138,15 @@ def test_fill_is_greedy_and_leaves_nothing_that_fits(problem):
     assert torch.equal(winning, expected)
 
 
+def assert_multiples(channels, winning, multiple):
+    for family in channels.families:
+        width = int(winning[family.units].sum())
+        block = family.block(multiple)  # of units; fewer than the multiple where each is several channels
+        assert width % block == 0 or width == len(family.units), family
+
+
 @searched(60, 300, problem=problems(), multiple=st.sampled_from([2, 3, 8]))
+@example(problem=("grouped", torch.zeros(7), {"macs": 25508}, 1), multiple=2)  # room for the fifth unit alone
 def test_fill_in_multiples_leaves_no_block_that_fits(problem, multiple):
     name, score, bounds, min_width = problem
     channels = traced(name)
@@ -147,10 +155,9 @@ def test_fill_in_multiples_leaves_no_block_that_fits(problem, multiple):
     winning = fill(channels, score, bounds, min_width, multiple)
     assert within(channels, winning, bounds)
     assert_allowed(channels, winning, min_width)
+    assert_multiples(channels, winning, multiple)
     for family in channels.families:
-        width, inside = int(winning[family.units].sum()), score[family.units][winning[family.units]]
-        block = family.block(multiple)  # of units; fewer than the multiple where each is several channels
-        assert width % block == 0 or width == len(family.units)
+        inside, block = score[family.units][winning[family.units]], family.block(multiple)
         outside = family.units[~winning[family.units]]
         if channels.prunable[family.units].all() and len(outside):
             assert inside.min() >= score[outside].max()
@@ -182,6 +189,20 @@ def test_tighten_uses_the_budget_as_far_as_exchanges_can(problem):
             except AssertionError:
                 continue
             assert not within(channels, other, bounds) or utilisation(channels, other, bounds) <= used
+
+
+@searched(60, 300, problem=problems(), multiple=st.sampled_from([2, 3, 4]))
+def test_tighten_keeps_multiples(problem, multiple):
+    name, score, bounds, min_width = problem
+    channels = traced(name)
+    floor = channels.cost(required_units(channels, min_width, multiple))
+    bounds = {key: max(bound, floor[key]) for key, bound in bounds.items()}
+    filled = fill(channels, score, bounds, min_width, multiple)
+    winning = tighten(channels, filled, score, bounds, min_width, multiple)
+    assert within(channels, winning, bounds)
+    assert_allowed(channels, winning, min_width)
+    assert_multiples(channels, winning, multiple)
+    assert utilisation(channels, winning, bounds) >= utilisation(channels, filled, bounds)
 
 
 @pytest.fixture(scope="module")
