@@ -79,6 +79,17 @@ def test_mean_spread_and_differences_by_hand(monkeypatch):
     assert total.loc["dense at 50 % macs", "reached"] == "no"
 
 
+def test_a_network_with_the_widths_of_ours_is_no_comparator(monkeypatch):
+    """It would beat ours with what ours found; it is compared, but not among the rivals."""
+    rows = [run(), run(test_accuracy=0.8, method="small")]
+    rows += [run(test_accuracy=0.95, method="small", **{"param.widths_of": "../runs/d/e/tailored-macs0.5-seed0"})]
+    pairs = tables.differences(tables.accuracy(study_of(monkeypatch, *rows)))
+    assert sorted(pairs["options_rival"]) == ["", "with the widths of ours"]
+    total = tables.summary(pairs)
+    for part in ("best comparator", "mean over all", "each comparator"):
+        assert total[total["part"] == part]["difference"].to_list() == pytest.approx([10]), part
+
+
 @pytest.mark.parametrize("defaults", [None, {"phase_start": 0.0, "phase_end": 0.0}])
 def test_a_phase_that_would_have_been_found_is_no_option(monkeypatch, defaults):
     asked = {"param.weights": "w", "param.phase_start": 0.02, "param.phase_end": 0.15, "steps": 1404}

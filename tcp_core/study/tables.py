@@ -33,12 +33,14 @@ IF_CHANGED = (
 OF_COMPARATORS = ("prune_at", "restart", "widths_of")
 OF_CONTROLLER = ("phase_start", "phase_end")
 OF_BOTH = ("multiple",)
+BORROWED = "with the widths of"
+"""In its options, what tells a network that another run's result went into: no rival, it needs that run first."""
 WORDS = {
     "phase_start": lambda share: f"phase from {100 * share:g} %",
     "phase_end": lambda share: f"to {100 * share:g} % of the run",
     "prune_at": lambda share: f"pruned after {100 * share:g} % of the run",
     "restart": lambda _: "learning rate restarted then",
-    "widths_of": lambda run: f"with the widths of {METHODS.get(run.split('/')[-1].split('-')[0], run)}",
+    "widths_of": lambda run: f"{BORROWED} {METHODS.get(run.split('/')[-1].split('-')[0], run)}",
     "multiple": lambda size: f"widths in multiples of {size:g}" if size else "widths that kernels like",
 }
 SAYS_NOTHING = ("seed", "threads", "out", "read_test", "checkpoint_every", "workers", "tensorboard")
@@ -138,14 +140,16 @@ def summary(pairs: pd.DataFrame, *, goals: bool = True) -> pd.DataFrame:
     """Return what the differences come to: against the best comparator, against each one, and against dense.
 
     The best comparator is chosen anew at every budget, by its mean test accuracy: the hardest choice for ours, as the
-    best of several noisy means is more often a lucky one. Column `part`: "mean over all" of a data set, of its runs of
-    `LONG` epochs or more and of the others; "mean over budgets" of a group, "best comparator" at each budget, "dense at
-    50 % macs", and "each comparator" over all budgets. A mean's standard error comes from `se_pooled`, as if its
-    differences were independent. `goals`: whether to say if the goals were reached that the committed study set itself.
+    best of several noisy means is more often a lucky one. Networks with the widths of another run are not among them:
+    they show what those widths are worth, and need that run first. Column `part`: "mean over all" of a data set, of
+    its runs of `LONG` epochs or more and of the others; "mean over budgets" of a group, "best comparator" at each
+    budget, "dense at 50 % macs", and "each comparator" over all budgets. A mean's standard error comes from
+    `se_pooled`, as if its differences were independent. `goals`: whether to say if the goals were reached that the
+    committed study set itself.
     """
     pairs = pairs.assign(pairs=1, wins=1 * (pairs["difference"] > 0), losses=1 * (pairs["difference"] < 0))
     pairs["length"] = pairs["epochs"].map(length)
-    rivals = pairs[pairs["rival"] != "dense"]
+    rivals = pairs[(pairs["rival"] != "dense") & ~pairs["options_rival"].str.contains(BORROWED, regex=False)]
     ours = [*GROUP, "options"]
     best = rivals.loc[rivals.groupby([*ours, "budget"])["difference"].idxmin()] if len(rivals) else rivals
     at_half = pairs[(pairs["rival"] == "dense") & (pairs["budget"] == "50 % macs")]
