@@ -46,6 +46,9 @@ KEEP = 0.8
 """Share of the score that is at most the dense network's word. It does not know that the last units of a layer are
 worth more than its first ones to go; what is measured while the network gets smaller does."""
 
+LEAST_SEEN = 10
+"""After so many steps a family without any gradient is no longer one that starts at zero, as many blocks do."""
+
 USED_UP = 0.99
 """A smaller multiple is tried where one is to be chosen and less of the budget than this could be used."""
 
@@ -146,7 +149,7 @@ class Controller:
         self.returned = 0
         self.changed = 0
         self.trajectory: list[dict[str, float]] = []
-        self.reported = 0
+        self.reported, self.unranked = 0, False
         self.measured: dict[str, float] | None = None
 
     def _resolve(self) -> None:
@@ -281,6 +284,7 @@ class Controller:
             self.returned += int((self.losing & ~losing & (self.gate == 0)).sum())
             self.changed = int((self.losing != losing).sum())
             self.losing = losing
+            self._warn_unranked()
             if ahead >= self.end:
                 # From here on every losing gate has just the time it needs to close by itself.
                 self.final = True
@@ -394,6 +398,26 @@ class Controller:
             }
         )
         self.changed = 0
+
+    def _warn_unranked(self) -> None:
+        """Say once which families lose units although the loss had no gradient with respect to any of theirs."""
+        if self.unranked or self.step_count < LEAST_SEEN or not self.losing.any():
+            return
+        importance, losing = self.importance.cpu(), self.losing.cpu()
+        silent = [family for family in self.channels.families if not importance[family.units].any()]
+        losers = [family for family in silent if losing[family.units].any()]
+        if losers and len(silent) < len(self.channels.families):
+            self.unranked = True
+            layers = [family.layers[0] for family in silent]
+            warnings.warn(
+                f"the loss has no gradient with respect to the channels of {', '.join(map(repr, layers[:3]))}"
+                f"{f' and {len(layers) - 3} more layers' if len(layers) > 3 else ''}: they go in the order of their "
+                f"numbers, whatever they are worth. So it is behind torch.no_grad() and detach(), and where the "
+                f"loss leaves an output out. Let the gradient through, for channels of frozen weights are ranked too, "
+                f"or name these layers in ignore=.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
     def _warn_refused(self) -> None:
         if (refused := int(self.refused)) > self.reported:

@@ -168,7 +168,7 @@ def shrink(
         remove(model, channels, open_units)
     cuts = Cuts()
     for network in (model, *averages):
-        _add_network(cuts, network, channels, open_units)
+        _add_network(cuts, network, model, channels, open_units)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     kept = {index: channels.kept(name, open_units) for index, name in names.items()}
     for optimizer in found.optimizers:
@@ -179,10 +179,18 @@ def shrink(
         _rebuild(wrapper)
 
 
-def _add_network(cuts: Cuts, network: Average, channels: Channels, open_units: Tensor) -> None:
+def own_names(model: nn.Module) -> dict[str, str]:
+    """Return, for every name of a parameter or buffer, the first one that the same tensor has: tied ones have more."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
+
+
+def _add_network(cuts: Cuts, network: Average, model: nn.Module, channels: Channels, open_units: Tensor) -> None:
     if isinstance(network, Mapping):
+        first = own_names(model)
         for name, tensor in network.items():
-            cuts.add(tensor, channels.kept(name, open_units))
+            cuts.add(tensor, channels.kept(first.get(name, name), open_units))
         return
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         cuts.add(tensor, channels.kept(name, open_units))

@@ -37,11 +37,40 @@ def compare(model: nn.Module, small: nn.Module, channels: Channels, open_units: 
         run_both(model, small, channels, open_units)
 
 
-def run_both(model: nn.Module, small: nn.Module, channels: Channels, open_units: Tensor) -> None:
-    """Compare as :func:`compare` does, but leave behind what running the networks changes in them."""
+def run_both(
+    model: nn.Module, small: nn.Module, channels: Channels, open_units: Tensor, training: bool = False
+) -> None:
+    """Compare as :func:`compare` does, but leave behind what running the networks changes in them.
+
+    ``training``: also as far as they are in train mode, see :func:`run`; where the network cannot be run or repeats
+    itself in eval mode alone, there only.
+    """
     gated = close(model, channels, open_units)
+    if precision := next((each.dtype for each in model.parameters() if each.is_floating_point()), None):
+        gated.gates.gate = gated.gate.detach().to(precision)  # else the gates' own would count as the network's
     for example in (channels.example, *channels.also):
         _run_both(model, gated, small, to_model(example, model))
+        if training:
+            _run_both_in_training(model, gated, small, to_model(example, model))
+
+
+def _run_both_in_training(model: nn.Module, gated: nn.Module, small: nn.Module, example: tuple[tuple, dict]) -> None:
+    try:
+        expected, tolerance = run(gated, example, training=True)
+    except Exception:  # it may want more samples there, or outputs that could be compared
+        return
+    try:
+        found, _ = run(small, example, training=True)
+        difference = differing(expected, found, tolerance)
+    except Exception as error:
+        difference = f": the smaller one raised {type(error).__name__}: {error}"
+    if not difference:
+        return
+    with left_as_found(model):
+        expected, _ = run(gated, example, training=True)
+    again, _ = run(gated, example, training=True)
+    if not differing(expected, again, tolerance):
+        raise RemovalError(f"in train mode gated and smaller network differ{difference}")
 
 
 def _run_both(model: nn.Module, gated: nn.Module, small: nn.Module, example: tuple[tuple, dict]) -> None:
@@ -77,9 +106,12 @@ def _run_both(model: nn.Module, gated: nn.Module, small: nn.Module, example: tup
     )
 
 
-def run(network: nn.Module, example: tuple[tuple, dict]) -> tuple[dict[str, Tensor], float]:
+def run(network: nn.Module, example: tuple[tuple, dict], training: bool = False) -> tuple[dict[str, Tensor], float]:
     """Return the tensors that ``network`` returns on ``example`` in eval mode, by place, and up to which share of the
     largest value two networks that compute the same may differ by rounding.
+
+    With ``training`` in train mode, for branches that run only there; but norms take their running statistics, which
+    those of a few samples are too far from, and dropout keeps everything.
 
     In full precision (no autocast, no TF32), from the same random numbers at each call; operators that draw them give
     constants (see :class:`WithoutChance`).
@@ -92,13 +124,20 @@ def run(network: nn.Module, example: tuple[tuple, dict]) -> tuple[dict[str, Tens
     with random_state_kept(network), keeping_modes(network), torch.no_grad(), full_precision(), WholeDropout(), calm:
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002
-        network.eval()
+        network.train(training)
+        for module in network.modules() if training else ():
+            if isinstance(module, UNLIKE_IN_TRAINING):
+                module.eval()
         output = network(*args, **kwargs)
         tensors = {place: tensor.detach().clone() for place, tensor in tensors_in(output).items()}
     if not any(has_values(tensor) for tensor in tensors.values()):
         raise RemovalError(nothing_to_compare(output))
     # Rounding differs with the order of summation; a wrongly removed channel moves outputs by far more than this.
     return tensors, torch.finfo(calm.coarsest).eps ** 0.5
+
+
+UNLIKE_IN_TRAINING = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU)
+"""Modules that train by the statistics of a batch or by chance, which is not what is compared."""
 
 
 def differing(expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: float) -> str:
@@ -141,7 +180,7 @@ def nothing_to_compare(output: Any) -> str:
 
 class WholeDropout(TorchFunctionMode):
     """Dropout of whole channels keeps everything: the operators that it consists of do not show whose size its mask
-    has.
+    has. That of SELU networks shifts what it keeps, so a closed channel is not zero behind it.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -150,6 +189,8 @@ class WholeDropout(TorchFunctionMode):
             tensor = args[0] if args else kwargs["input"]
             training = args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
             in_place = name.endswith("_") or (args[3] if len(args) > 3 else kwargs.get("inplace", False))
+            if training and "alpha" in name:
+                return tensor.add_(1).sub_(1) if in_place else tensor + 1 - 1
             if training:
                 return tensor if in_place else tensor.clone()
         return func(*args, **kwargs)
@@ -275,12 +316,16 @@ def _ieee():
 
 
 def to_model(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:
-    """Return the example's tensors on the model's device, floating ones in its precision."""
+    """Return the example's tensors on the model's device, floating ones in its precision: as they are where any
+    parameter has theirs, else in that of the first parameter of real numbers.
+    """
     parameter = next(iter(model.parameters()), torch.empty(0))
+    precisions = [each.dtype for each in model.parameters() if each.is_floating_point()]
 
     def move(x):
         if not isinstance(x, Tensor):
             return x
-        return x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
+        other = x.is_floating_point() and precisions and x.dtype not in precisions
+        return x.to(parameter.device, precisions[0] if other else x.dtype)
 
     return pytree.tree_map(move, example)

@@ -7,6 +7,7 @@ not understood freezes the channels that enter it: never wrong, at worst less pr
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import math
 from collections import Counter
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 from ..channels import Channels, Family
 from ..removal import remove
 from ..state import left_as_found
-from ..verification import NotRepeatable, RemovalError, full_precision, run_both, to_model
+from ..verification import NotRepeatable, RemovalError, full_precision, run, run_both, to_model
 from . import layers, movement
 from .arithmetic import is_pointwise, pointwise
 from .identities import Identities, Rule
@@ -48,6 +49,9 @@ RULES: dict[str, Rule] = {
     "constant_pad_nd": movement.pad,
     "copy": movement.copy,
 }
+
+CHEAP = 5e8
+"""Multiply-accumulates of a network that is tried out in double precision, in which depthwise convolutions are slow."""
 
 COMPUTED = "size computed in Python"
 CHANGING = "outputs that change from run to run"
@@ -123,21 +127,27 @@ def trace(
 
 @torch.no_grad()
 def _fill_zeros(model: nn.Module) -> None:
-    """Give parameters that are all zero, as the last norm of a block often is at first, some numbers: what such a one
-    multiplies, or what it would add, shows in no output.
+    """Give parameters that are all zero, as the last norm of a block often is at first, some numbers, and vectors that
+    are nearly so, such as layer scales of 1e-6: what these multiply, or what they would add, shows in no output.
     """
     for parameter in model.parameters():
-        if parameter.is_floating_point() and not parameter.any():
+        if not parameter.is_floating_point() or not parameter.numel():
+            continue
+        vector = parameter.numel() == max(parameter.shape, default=1)
+        if parameter.abs().amax() < 0.05 if vector else not parameter.any():
             parameter.data.uniform_(0.05, 0.2)
 
 
 def _tried(ids: Identities, ignored: Patterns, examples: Sequence[tuple[tuple, dict]]) -> Channels:
     """Return the channels, with frozen what turns out not to be removable."""
+    model, training = None, ids.operators["train"] != ids.operators["eval"]
     for _ in range(3):
         units = Units(ids)
         channels = units.channels(ignored, examples)
+        if model is None:
+            model = _precise(ids.model, examples) if channels.cost()["macs"] <= CHEAP else ids.model
         try:
-            failed = _not_removable(ids.model, channels)
+            failed = _not_removable(model, channels, training)
         except NotRepeatable:
             ids.freeze(torch.arange(ids.labels), CHANGING, "", "changing")
             return Units(ids).channels(ignored, examples)
@@ -149,13 +159,29 @@ def _tried(ids: Identities, ignored: Patterns, examples: Sequence[tuple[tuple, d
     return Units(ids).channels(ignored, examples)
 
 
-def _not_removable(model: nn.Module, channels: Channels) -> list[Family]:
+def _precise(model: nn.Module, examples: Sequence[tuple[tuple, dict]]) -> nn.Module:
+    """Return a copy of the model that computes in double precision, or the model itself where that is not possible.
+
+    A branch may be small beside what it is added to, such as a residual of images of 0 to 255: in single precision
+    what is wrong in it would pass for rounding.
+    """
+    try:
+        precise = copy.deepcopy(model).double()
+        for example in examples:
+            run(precise, to_model(example, precise))
+    except Exception:  # a forward that names its dtype, a device without doubles, a model that cannot be copied
+        return model
+    return precise
+
+
+def _not_removable(model: nn.Module, channels: Channels, training: bool) -> list[Family]:
     """Try it out: return the families from which units cannot be removed after all.
 
     Sizes that a forward writes out (``x.view(-1, 64)``) or computes from a shape (``x * x.size(1) ** -0.5``) leave no
     trace in the operators, so units of all families are removed and outputs compared; if that fails, by halves.
     A size may be taken from another family's width and fit by coincidence. So families of one size are numbered, and
-    each loses as many units as the digit of its number, in as many passes as there are digits.
+    each loses as many units as the digit of its number, in as many passes as there are digits. ``training``: in train
+    mode too, for the model has operators there that it does not have in eval mode.
     """
     digits: list[tuple[int, int, Tensor]] = []  # number among families of one size, base, removable units
     peers: Counter[int] = Counter()
@@ -166,13 +192,15 @@ def _not_removable(model: nn.Module, channels: Channels) -> list[Family]:
         digits.append((peers[len(family.units)] if most > 0 else 0, most + 1, removable))
     while any(number for number, *_ in digits):
         closed = [removable[: number % base] for number, base, removable in digits]
-        if failed := _failing(model, channels, closed, range(len(closed))):
+        if failed := _failing(model, channels, closed, range(len(closed)), training):
             return [channels.families[index] for index in failed]
         digits = [(number // base if base > 1 else 0, base, removable) for number, base, removable in digits]
     return []
 
 
-def _failing(model: nn.Module, channels: Channels, closed: Sequence[Tensor], indices: Sequence[int]) -> list[int]:
+def _failing(
+    model: nn.Module, channels: Channels, closed: Sequence[Tensor], indices: Sequence[int], training: bool
+) -> list[int]:
     """Return which families at ``indices`` cannot lose their ``closed`` units; all if no single one is at fault."""
     open_units = torch.ones(channels.units, dtype=torch.bool)
     for index in indices:
@@ -180,14 +208,14 @@ def _failing(model: nn.Module, channels: Channels, closed: Sequence[Tensor], ind
     if open_units.all():
         return []
     try:
-        run_both(model, remove(model, channels, open_units, verify=False), channels, open_units)
+        run_both(model, remove(model, channels, open_units, verify=False), channels, open_units, training)
         return []
     except NotRepeatable:
         raise
     except (RemovalError, ValueError):
         half = len(indices) // 2
         parts = (indices[:half], indices[half:]) if half else ()
-        return [index for part in parts for index in _failing(model, channels, closed, part)] or list(indices)
+        return [index for part in parts for index in _failing(model, channels, closed, part, training)] or list(indices)
 
 
 def _samples(model: nn.Module, example: Any, count: int) -> tuple[tuple, dict]:

@@ -8,6 +8,7 @@ accumulate here over runs in train and eval mode; :mod:`.units` makes units of t
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ from ..state import tensor_attributes
 from ..verification import WholeDropout, has_values, nothing_to_compare, steady
 from .codes import compact, labels_in, varies
 from .liveness import Liveness
+
+ALPHA = nn.AlphaDropout, nn.FeatureAlphaDropout
+"""Dropouts that put another number than zero, also into closed channels: how they train shows that."""
 
 LARGE = 1 << 20
 """A parameter with more entries than this is not followed entry by entry."""
@@ -88,6 +92,7 @@ class Identities(TorchDispatchMode):
             activations.
         pads: padding modules that add channels, with the place of the amounts and the labels before and after.
         liveness: which activations are alive when, in the eval run.
+        operators: how often each operator ran in each mode; not those of norms and dropout, and on integers.
     """
 
     def __init__(self, model: nn.Module, rule_of: Callable[[Any, str], Rule]) -> None:
@@ -115,10 +120,11 @@ class Identities(TorchDispatchMode):
         self.calls: list[tuple[float, Tensor | None, Tensor | None]] = []
         self.constant_macs = 0
         self.pads: dict[str, tuple[int, Tensor, Tensor]] = {}
+        self.operators: dict[str, Counter[str]] = {"train": Counter(), "eval": Counter()}
 
     def run(self, mode: str, args: tuple, kwargs: dict, count: bool = False) -> None:
         """Run the model in ``mode`` ("train" or "eval"), and ``count`` macs and bytes."""
-        self.counting = count
+        self.counting, self.mode = count, mode
         self.codes = WeakTensorKeyDictionary()
         self.raw_outputs = WeakTensorKeyDictionary()  # a layer's output: (weight, dimension, gate)
         self.transposed = WeakTensorKeyDictionary()  # two-dimensional views of a parameter: (name, whether transposed)
@@ -138,7 +144,7 @@ class Identities(TorchDispatchMode):
         before = {name: (p.data_ptr(), p._version) for name, p in self.model.named_parameters()}
         self.model.train(mode == "train")
         for module in self.modules:
-            if isinstance(module, nn.modules.dropout._DropoutNd):
+            if isinstance(module, nn.modules.dropout._DropoutNd) and not isinstance(module, ALPHA):
                 module.eval()  # as an identity: what it drops has nothing to do with channels
         hooks = (
             nn.modules.module.register_module_forward_pre_hook(lambda module, _: self.stack.append(module)),
@@ -192,6 +198,8 @@ class Identities(TorchDispatchMode):
         out = steady(func, args, kwargs) if chance else func(*args, **kwargs)
         call = Call(func, func._schema.name.split("::")[-1], args, kwargs, out)
         tensors, outputs = call.tensors, call.outputs
+        if not ("batch_norm" in call.name or "dropout" in call.name or not any(map(has_values, outputs))):
+            self.operators[self.mode][call.name] += 1
         self.reached.update(id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter))
         self.shapes.update(tuple(tensor.shape) for tensor in outputs)
         if call.name not in ("detach", "alias"):

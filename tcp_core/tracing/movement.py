@@ -17,6 +17,8 @@ from .identities import Call, Identities
 def same(ids: Identities, call: Call) -> None:
     """Pass codes on; a parameter stays recognisable."""
     source = call.args[0]
+    if source in ids.raw_outputs and call.out is not source:
+        ids.raw_outputs[call.out] = ids.raw_outputs[source]  # what takes the view takes the layer's raw output
     if source not in ids.names:
         ids.set(call.out, ids.of(source))
     elif call.out is not source and source.ndim == 2:
