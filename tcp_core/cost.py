@@ -126,6 +126,13 @@ class Budget:
         """Return what was given, without what is absent or as it is by default."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
+    def bytes_at(self) -> dict[str, str | int | None]:
+        """Return the precision and the batch at which bytes are counted, where a bound depends on them."""
+        found: dict[str, str | int | None] = {}
+        if self.memory is not None or self.weights is not None:
+            found["precision"] = self.precision
+        return found if self.memory is None else found | {"batch": self.batch}
+
     def _bounds(self) -> dict[str, float | int | str]:
         names = [field.name for field in fields(self) if field.name not in ("precision", "batch")]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

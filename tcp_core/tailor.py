@@ -19,6 +19,9 @@ from .report import Report
 from .shrinking import Average, Holders, check_holders, holders, network_in, shrink
 from .tracing import trace
 
+SAID_LATER = ("bytes_at",)
+"""What states of earlier versions do not say of their run; they are taken without."""
+
 
 class Tailor(Gated):
     """A model that tailors itself to a budget while it is trained; call it in place of the model.
@@ -273,6 +276,7 @@ class Tailor(Gated):
             ValueError: if the state is of another network, budget, ``steps`` or option; nothing has changed then.
         """
         here, there = self._run(), state["run"]
+        here = {name: value for name, value in here.items() if name in there or name not in SAID_LATER}
         if differing := [name for name in here if not _same(here[name], there.get(name))]:
             name = differing[0]
             values = f" ({there.get(name)} there, {here[name]} here)" if name not in ("network", "prunable") else ""
@@ -313,6 +317,7 @@ class Tailor(Gated):
             "network": {name: list(shape) for name, shape in self.channels.shapes.items()},
             "prunable": self.channels.prunable.clone(),
             "bounds": {name: bound for name, bound in controller.bounds.items() if name != "latency"},
+            "bytes_at": self.budget.bytes_at(),
             "latency": str(self.budget.latency),
             "steps": controller.steps,
             # where "auto" has put the phase is in the controller's own state: the weights may be others by now

@@ -16,6 +16,7 @@ from zoo import build, image_size, random_open
 
 import tcp_core as tcp
 from tcp_core.selection import fill
+from tcp_core.training.checkpoints import CheckpointError
 
 
 class Alive(TorchDispatchMode):
@@ -212,3 +213,42 @@ def test_statistics_of_group_norms_leave_with_their_groups():
         open_units = random_open(channels, 0.5, seed)
         small = tcp.remove(model, channels, open_units)
         assert channels.bytes(open_units) == measured(small, torch.randn(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({"memory": "9 kB", "precision": "fp16"}, {"memory": "9 kB"}),
+        ({"memory": "25 kB"}, {"memory": "25 kB", "batch": 2}),
+        ({"weights": "10 kB", "precision": "int8"}, {"weights": "10 kB", "precision": "fp16"}),
+    ],
+)
+def test_bytes_that_are_counted_otherwise_are_another_run(then, now, tmp_path):
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(0, 4, (16,))
+
+    def tailor(budget):
+        return tcp.Tailor(Digits(), x[:1], budget=budget, steps=60, phase=(0.0, 1.0))
+
+    def fit(budget, **options):
+        checkpoints = {"checkpoints": tmp_path, "checkpoint_every": 5}
+        tcp.fit(Digits(), [(x, y)] * 60, budget=budget, epochs=1, **checkpoints, **options)
+
+    def stop(step, steps):
+        if step == 6:
+            raise InterruptedError
+
+    state = tailor(then).state_dict()
+    tailor(then).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"this state is of another run: bytes_at is not the same \(.* there, .* here"):
+        tailor(now).load_state_dict(state)
+    with pytest.raises(InterruptedError):
+        fit(then, on_step=stop)
+    with pytest.raises(CheckpointError, match=r"checkpoints of another run: bytes_at\.\w+: \S+ then, \S+ now\."):
+        fit(now)
+
+
+def test_states_that_do_not_say_how_bytes_are_counted_are_taken():
+    tailor = tcp.Tailor(Digits(), torch.randn(1, 1, 8, 8), budget={"memory": 0.5}, steps=60)
+    state = tailor.state_dict()
+    del state["_extra_state"]["run"]["bytes_at"]
+    tailor.load_state_dict(state)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..channels import Channels
 from ..report import Report
-from ..tailor import Tailor
+from ..tailor import SAID_LATER, Tailor
 from .averaging import Average
 from .batches import channels_last, to_their_end
 from .checkpoints import CheckpointError, newest, plain, prepare, write
@@ -289,7 +289,9 @@ def resumable(checkpoints: str | Path | None, recipe: dict) -> dict | None:
         return None
     prepare(checkpoints)
     saved = newest(checkpoints)
-    if saved is not None and (differing := differences(saved.get("recipe", {}), recipe)):
+    then = {} if saved is None else saved.get("recipe", {})
+    now = {name: value for name, value in recipe.items() if name in then or name not in SAID_LATER}
+    if saved is not None and (differing := differences(then, now)):
         more = f"; {len(differing) - 5} more differ" if len(differing) > 5 else ""
         raise CheckpointError(
             f"{checkpoints} has checkpoints of another run: {'; '.join(differing[:5])}{more}. Run it as it was begun "
