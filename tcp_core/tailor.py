@@ -19,7 +19,7 @@ from .report import Report
 from .shrinking import Average, Holders, check_holders, holders, network_in, shrink
 from .tracing import trace
 
-SAID_LATER = ("bytes_at",)
+SAID_LATER = ("bytes_at", "place")
 """What states of earlier versions do not say of their run; they are taken without."""
 
 
@@ -319,6 +319,7 @@ class Tailor(Gated):
             "bounds": {name: bound for name, bound in controller.bounds.items() if name != "latency"},
             "bytes_at": self.budget.bytes_at(),
             "latency": str(self.budget.latency),
+            "place": self.measured_at,
             "steps": controller.steps,
             # where "auto" has put the phase is in the controller's own state: the weights may be others by now
             "phase": "auto" if controller.placed else [controller.start, controller.end],

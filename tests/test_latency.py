@@ -1,6 +1,7 @@
 """Latency as a budget, on made-up clocks with steps: no test here depends on how long anything takes."""
 
 import copy
+import functools
 import importlib.util
 import json
 import math
@@ -199,24 +200,40 @@ def test_fit_passes_the_place_on_and_goes_on_from_checkpoints_although_the_clock
     expected = run(of_network)
     with pytest.raises(Stop):
         run(of_network, checkpoints=tmp_path, checkpoint_every=4, on_step=stop)
-    found = run(lambda network: 1.02 * of_network(network), checkpoints=tmp_path, checkpoint_every=4)
+    found = run(drifted(of_network, 1.02), checkpoints=tmp_path, checkpoint_every=4)
     assert found.report["bounds"] == pytest.approx(expected.report["bounds"])
     assert found.report["dense"] == pytest.approx(expected.report["dense"])
     assert found.report["current"]["latency"] <= found.report["bounds"]["latency"]
     with pytest.raises(tcp.training.checkpoints.CheckpointError, match="bounds"):
         run(of_network, 0.7, checkpoints=tmp_path, checkpoint_every=4)
+    with pytest.raises(tcp.training.checkpoints.CheckpointError, match=r"place: .*of_network.* then, .*wrong.* now"):
+        run(wrong_table, checkpoints=tmp_path, checkpoint_every=4)
+
+
+def drifted(clock, factor):
+    """The same place, whose clock has become slower."""
+    return functools.wraps(clock)(lambda *args: factor * clock(*args))
 
 
 def test_a_resumed_run_carries_the_correction():
     tailor = tailored(wrong_table, {"latency": 0.8})
     trained(tailor, 55)
     assert tailor.controller.measured is not None
-    again = tailored(lambda module, x: 1.07 * wrong_table(module, x), {"latency": 0.8})
+    again = tailored(drifted(wrong_table, 1.07), {"latency": 0.8})
     again.resume(tailor.progress())
     for name in ("bounds", "dense", "floor", "measured", "multiple"):
         assert getattr(again.controller, name) == pytest.approx(getattr(tailor.controller, name))
     assert again.report()["current"] == pytest.approx(tailor.report()["current"])
     assert again.controller.latency.calibration == tailor.controller.latency.calibration
+
+
+def test_the_state_of_another_place_is_refused():
+    state = tailored(of_network, {"latency": 0.8}).state_dict()
+    other = tailored(of_network, {"latency": 0.8}, latency=place(of_network, batch=8))
+    with pytest.raises(ValueError, match=r"another run: place is not .*batch 1, .* there, .*batch 8, .* here"):
+        other.load_state_dict(state)
+    del state["_extra_state"]["run"]["place"]  # as earlier versions saved it
+    other.load_state_dict(state)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def fit(
     recipe |= {"clip": clip, "ema": ema, **objective.described(), "loss": loss, "metric": metric, "augment": augment}
     recipe |= {"mixing": mixing, "accumulate": accumulate, "sync_batch_norm": sync_batch_norm}
     recipe |= {"precision": precision, "seed": seed, "bounds": {} if pruned is None else _bounds(pruned.report())}
-    recipe |= {} if budget is None else {"bytes_at": Budget.of(budget).bytes_at()}
+    recipe |= {} if budget is None else {"bytes_at": Budget.of(budget).bytes_at(), "place": pruned.measured_at}
     recipe |= {"prune": Tailor if budget is not None else prune, "units": channels.units}
     recipe |= {"prunable": int(channels.prunable.sum())} | ({} if budget is None else _options(tailoring))
     recipe = identity.described(recipe)
