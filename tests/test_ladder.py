@@ -52,6 +52,11 @@ def test_every_rung_meets_its_budget_of_the_dense_network_and_uses_it(curve, ima
     assert curve.table["budget"].to_list() == ["70% macs", "45% macs + 60% params", "20% macs"]
 
 
+def test_shares_are_told_apart_in_the_table(images):
+    curve = descend(images, budgets=[{"macs": 0.604}, {"macs": 0.596}], epochs=8, multiple=1)
+    assert curve.table["budget"].to_list() == ["60.4% macs", "59.6% macs"]
+
+
 def test_networks_are_kept_apart_and_are_as_good_as_the_table_says(curve, images):
     for model, accuracy in zip(curve.models, curve.table["val_accuracy"], strict=True):
         assert tcp.evaluate(model, images[1])["accuracy"] == pytest.approx(accuracy)
@@ -195,6 +200,16 @@ def test_fit_says_where_a_list_of_budgets_is_taken(images):
             {"budgets": [{"macs": 0.5, "params": 0.3}, {"macs": 0.3, "params": 0.5}], "epochs": 8},
             BudgetError,
             "allows more params",
+        ),
+        (
+            {"budgets": [{"memory": "9 kB"}, {"memory": "8 kB", "precision": "fp16"}], "epochs": 8},
+            BudgetError,
+            "budget 2 .* counts bytes at precision='fp16', and budget 1 .* at precision=None; .* the same precision",
+        ),
+        (
+            {"budgets": [{"memory": 0.8, "batch": 2}, {"macs": 0.5}, {"memory": 0.4, "batch": 4}], "epochs": 8},
+            BudgetError,
+            "budget 3 .* at batch=4, and budget 1 .* at batch=2",
         ),
         ({"budgets": [{"macs": 0.5}, {"macs": 0.0001}], "epochs": 8}, BudgetError, "below the floor"),
         ({"budgets": [{"macs": 0.5}, {"flop": 0.1}], "epochs": 8}, BudgetError, "unknown budget key"),

@@ -79,7 +79,8 @@ def ladder(
             of the rung above.
 
     Raises:
-        BudgetError: before any training, if a budget cannot be met or is not below the one before it.
+        BudgetError: before any training, if a budget cannot be met or is not below the one before it, or counts bytes
+            at another ``precision`` or ``batch``.
         ValueError: for other bad input, or if ``folder`` holds another ladder.
 
     Example:
@@ -152,6 +153,7 @@ def _planned(
     model: nn.Module, train: Images | Iterable, budgets: Sequence[Budget], epochs: Sequence[int], options: Mapping
 ) -> tuple[dict[str, float], list[dict]]:
     """Return the dense network's costs, and each budget in absolute numbers; raise where one cannot be met."""
+    _check_bytes(budgets)
     given = {name: options[name] for name in inspect.signature(Controller).parameters if name in options}
     batches = by_epoch(train, options.get("batch_size"), "none", 0, device_of(model, None))(0)
     length = len(batches) // options.get("accumulate", 1)
@@ -179,6 +181,20 @@ def _planned(
     return dense, [_absolute(budget, here) for budget, here in zip(budgets, bounds, strict=True)]
 
 
+def _check_bytes(budgets: Sequence[Budget]) -> None:
+    """Refuse rungs that count bytes differently: these could not be told from the largest to the smallest."""
+    first: dict[str, tuple[int, Any]] = {}
+    for rung, budget in enumerate(budgets, 1):
+        for name, value in budget.bytes_at().items():
+            above, expected = first.setdefault(name, (rung, value))
+            if value != expected:
+                raise BudgetError(
+                    f"budget {rung} ({budget.as_dict()}) counts bytes at {name}={value!r}, and budget {above} "
+                    f"({budgets[above - 1].as_dict()}) at {name}={expected!r}; give all budgets of a ladder that bound "
+                    f"memory or weights the same {name}."
+                )
+
+
 def _absolute(budget: Budget, bounds: Mapping[str, float]) -> dict:
     """Return the budget with its bounds in absolute numbers, which hold on all rungs: fractions are of dense."""
     given = {name: value for name, value in budget.as_dict().items() if name in ("precision", "batch")}
@@ -190,7 +206,7 @@ def _row(
 ) -> dict:
     costs = {name: value for name, value in result.report["current"].items() if name in dense}
     last = {name: history[-1][name] for name in ("train_loss", "val_loss", "val_accuracy")}
-    given = {name: f"{value:.0%}" if isinstance(value, float) else value for name, value in budget.as_dict().items()}
+    given = {name: f"{100 * each:.4g}%" if isinstance(each, float) else each for name, each in budget.as_dict().items()}
     return {
         "rung": rung + 1,
         "budget": " + ".join(f"{value} {name}" for name, value in given.items()),
