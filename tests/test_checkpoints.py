@@ -99,6 +99,15 @@ def test_a_stopped_run_ends_as_one_that_was_not(images, tmp_path, method):
     assert len(list(tmp_path.iterdir())) == checkpoints.KEPT
 
 
+def test_a_checkpoint_with_one_number_of_images_for_loss_and_accuracy_is_gone_on_from(images, whole, tmp_path):
+    with pytest.raises(Stop):
+        run(images, tmp_path, stop=10)
+    state = checkpoints.newest(tmp_path)
+    earlier = state | {"sums": [sums[:3] for sums in state["sums"]]}
+    checkpoints.write(tmp_path, state["step"], earlier)
+    same(whole, run(images, tmp_path))
+
+
 @pytest.mark.parametrize("every", [1, *slow(16, 0)])
 def test_any_interval_will_do(images, whole, tmp_path, every):
     for stop in (1, 17, 33):

@@ -163,6 +163,45 @@ def test_pixels_are_classified_by_cross_entropy(images):
     assert fit(model, [(x, y)] * 4, epochs=1).history["train_accuracy"].between(0, 1).all()
 
 
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_ignored_labels_do_not_count_in_any_batches(images, size):
+    x, y = next(iter(images[0].batches(8)))
+    y, model = torch.cat([torch.full((3,), -100), y[3:]]), network().eval()
+    pixels = (x[:, 0] > 0.5).long()
+    pixels[0, :5], pixels[1, 0], pixels[2] = -100, -100, -100
+    segmenting = Segmenting().eval()
+    with torch.no_grad():
+        outputs, maps = model(x), segmenting(x)
+    found = evaluate(model, list(zip(x.split(size), y.split(size), strict=True)))
+    right = (outputs.argmax(1) == y)[3:].float().mean()
+    assert found == pytest.approx({"loss": float(F.cross_entropy(outputs, y)), "accuracy": float(right)})
+    found = evaluate(segmenting, list(zip(x.split(size), pixels.split(size), strict=True)))
+    right, known = (maps.argmax(1) == pixels).sum((1, 2)), (pixels >= 0).sum((1, 2))
+    share = (right / known)[known > 0].mean()  # of the images, as where all pixels have labels
+    assert found == pytest.approx({"loss": float(F.cross_entropy(maps, pixels)), "accuracy": float(share)})
+
+
+def test_training_images_with_ignored_labels_do_not_count(images):
+    batches = [(x, y.clone()) for x, y in images[0].batches(BATCH)]
+    for number, (_, y) in enumerate(batches):
+        y[: number % 3] = -100
+    row = fit(network(), batches, epochs=1, lr=1e-30, warmup=0).history.iloc[0]
+    losses, right, known = 0.0, 0, 0
+    torch.manual_seed(0)
+    model = network().train()
+    with torch.no_grad():
+        for x, y in batches:
+            outputs = model(x)
+            losses += float(F.cross_entropy(outputs, y, reduction="sum"))
+            right, known = right + int((outputs.argmax(1) == y).sum()), known + int((y >= 0).sum())
+    assert (row["train_loss"], row["train_accuracy"]) == pytest.approx((losses / known, right / known))
+
+
+def test_nothing_but_ignored_labels_is_not_a_number(images):
+    x, y = next(iter(images[0].batches(8)))
+    assert all(value != value for value in evaluate(network(), [(x, torch.full_like(y, -100))]).values())
+
+
 def test_a_regression_has_no_accuracy():
     x = torch.randn(160, 6)
     batches = list(zip(x.split(10), x[:, :2].split(10), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -33,8 +34,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Return ``{"loss", "accuracy"}`` of ``model`` in eval mode, both means over ``images``.
 
-    By default mean cross-entropy and the fraction right. With ``loss`` and ``metric``, functions of (outputs, targets)
-    as in :func:`tcp_core.fit`, the means of what these give; the accuracy is NaN where outputs are not logits.
+    By default mean cross-entropy and the fraction right, images and pixels with the label -100 left out. With
+    ``loss`` and ``metric``, functions of (outputs, targets) as in :func:`tcp_core.fit`, the means of what these give;
+    the accuracy is NaN where outputs are not logits.
 
     Raises:
         ValueError: for another precision, no images, or a label that the network has no output for.
@@ -57,26 +59,30 @@ def validated(
 
 
 def sums(model: nn.Module, images, batch_size: int, precision: str, device: torch.device, objective: Objective) -> list:
-    """Return the sums over images of loss and score, and the number of images."""
-    loss, score, seen = 0.0, 0.0, 0
+    """Return the sum over images of the loss, over how many it is, the same of the score, and the number of images."""
+    loss = weights = score = scored = 0.0
+    seen = 0
     with keeping_modes(model):
         model.eval()
         for number, (x, y) in enumerate(by_epoch(images, batch_size, "none", None, device)(0), 1):
             with autocast(device, PRECISIONS[precision]):
                 outputs = model(channels_last(x))
             outputs = in_full_precision(outputs)
-            loss += float(objective.held_out(outputs, y, f"held-out batch {number}")) * len(x)
-            score += float(objective.score(outputs, y))
+            mean = float(objective.held_out(outputs, y, f"held-out batch {number}"))
+            if weight := float(objective.weight(y, len(x))):  # the mean over no label is not a number
+                loss, weights = loss + mean * weight, weights + weight
+            own, count = objective.score(outputs, y)
+            score, scored = score + float(own), scored + float(count)
             seen += len(x)
-    return [loss, score, seen]
+    return [loss, weights, score, scored, seen]
 
 
 def means(sums: list) -> dict[str, float]:
-    """Return mean loss and accuracy from what :func:`sums` gives; ValueError if there was no image."""
-    loss, score, seen = sums
+    """Return mean loss and accuracy from what :func:`sums` gives; ValueError if there was no image, NaN if no label."""
+    loss, weights, score, scored, seen = sums
     if not seen:
         raise ValueError("there are no images to evaluate on; give at least one batch.")
-    return {"loss": loss / seen, "accuracy": score / seen}
+    return {"loss": loss / weights if weights else math.nan, "accuracy": score / scored if scored else math.nan}
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None):

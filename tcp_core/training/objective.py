@@ -55,12 +55,23 @@ class Objective:
             raise ValueError(f"loss= gave {said} in {where}; it must give one number, the mean over the batch.")
         return loss.squeeze()
 
-    def score(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the sum over the batch's images of the metric, or of how much of each the network is right about."""
-        count = size_of(targets)
+    def weight(self, targets: Any, images: int) -> Tensor:
+        """Return over how many of the batch's images its loss is the mean: of cross-entropy those that have labels, one
+        of which a part of the pixels has them as that part.
+        """
+        if self.loss is not None or targets.is_floating_point():
+            return torch.tensor(float(images))
+        return (targets != IGNORED).sum() * images / max(1, targets.numel())
+
+    def score(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        """Return the sum over the batch's images of the metric, or of how much of each the network is right about, and
+        over how many images it is: for the latter those that have labels.
+        """
+        count = torch.tensor(float(size_of(targets)))
         if self.metric is not None:
-            return torch.as_tensor(self.metric(outputs, targets)).detach() * count
-        nothing = torch.tensor(float("nan"))
+            metric = torch.as_tensor(self.metric(outputs, targets)).detach()
+            return metric * count.to(metric.device), count
+        nothing = torch.tensor(float("nan")), count
         if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or outputs.ndim < 2:
             return nothing
         labels = targets
@@ -70,11 +81,9 @@ class Objective:
             labels = targets.argmax(1)
         if outputs.shape[1] < 2 or labels.shape != outputs.shape[:1] + outputs.shape[2:]:
             return nothing
-        right = outputs.detach().argmax(1) == labels
-        if right.ndim == 1:
-            return right.sum()
-        known = (labels != IGNORED).flatten(1)
-        return ((right.flatten(1) & known).sum(1) / known.sum(1).clamp(min=1)).sum()
+        right = (outputs.detach().argmax(1) == labels).reshape(len(labels), -1)
+        known = (labels != IGNORED).reshape(len(labels), -1)
+        return ((right & known).sum(1) / known.sum(1).clamp(min=1)).sum(), known.any(1).sum()
 
     def described(self) -> dict[str, Any]:
         """Return, in plain values, what tells this objective from another one."""

@@ -59,10 +59,11 @@ class Run:
     """A run that can be stopped: what is trained and by what, how, and how far it is.
 
     ``pruned`` is what is called in the place of ``model``, None for the dense network; ``called`` is what is called in
-    training; ``average`` is the moving average, or None. ``length`` is the steps of an epoch. ``sums`` (of loss, score
-    and images) and ``seconds`` are of the epoch it is in, ``epoch_random`` is the state of every process's random
-    numbers at its start, and ``random`` that where a run was stopped that goes on here. ``given`` are the objects
-    (loaders) whose own random generators count, by name. ``writable``: a checkpoint can hold what the run has.
+    training; ``average`` is the moving average, or None. ``length`` is the steps of an epoch. ``sums`` (of loss and
+    score, and of the images that each is over) and ``seconds`` are of the epoch it is in, ``epoch_random`` is the state
+    of every process's random numbers at its start, and ``random`` that where a run was stopped that goes on here.
+    ``given`` are the objects (loaders) whose own random generators count, by name. ``writable``: a checkpoint can hold
+    what the run has.
     """
 
     model: nn.Module
@@ -111,7 +112,7 @@ class Run:
         rank, _ = rank_and_world()
         taken = self.step - number * self.length
         if not taken:
-            self.sums, self.seconds = torch.zeros(3, device=self.device), 0.0
+            self.sums, self.seconds = torch.zeros(4, device=self.device), 0.0
             self.epoch_random = gathered(self.random_state())
         elif taken < self.length:  # the same batches are drawn again
             self.set_random_state(self.epoch_random[rank])
@@ -158,8 +159,9 @@ class Run:
                 where = f"batch {position * self.accumulate + number} of epoch {len(self.history) + 1}"
                 outputs, loss = self.forward(channels_last(x), y, where)
                 (loss / self.accumulate).backward()
-            score = self.objective.score(outputs, y).to(self.device)
-            sums = sums + torch.stack([loss.detach().float() * len(x), score.float(), sums.new_tensor(len(x))])
+            (score, scored), weight = self.objective.score(outputs, y), self.objective.weight(y, len(x)).to(self.device)
+            seen = (loss.detach() * weight, score, weight, scored)
+            sums = sums + torch.stack([each.to(self.device, torch.float32) for each in seen])
             total = total + loss.detach() / self.accumulate
         guard.check(total, self.trained, self.optimizer, self.step + 1)
         self.sums = sums
@@ -220,12 +222,12 @@ class Run:
     def end_epoch(self, measured: Mapping[str, float]) -> dict:
         """Add the epoch's row to the history, and return it."""
         open_units = self.open_units
-        loss, right, seen = summed(self.sums).tolist()
+        loss, right, weight, scored = summed(self.sums).tolist()
         row = {
             "epoch": len(self.history) + 1,
             "lr": self.schedule.get_last_lr()[0],
-            "train_loss": loss / seen,
-            "train_accuracy": right / seen,
+            "train_loss": loss / weight,
+            "train_accuracy": right / scored if scored else math.nan,
             "val_loss": measured.get("loss", math.nan),
             "val_accuracy": measured.get("accuracy", math.nan),
             "seconds": self.seconds,
@@ -255,7 +257,8 @@ class Run:
         self.schedule.load_state_dict(state["schedule"])
         for name in _STATE:
             setattr(self, name, state[name])
-        self.sums = state["sums"][rank_and_world()[0]].to(self.device)
+        sums = state["sums"][rank_and_world()[0]].to(self.device)
+        self.sums = sums if len(sums) == 4 else torch.cat([sums, sums[2:]])  # one number of images, in earlier versions
         self.random = state["random"]
         warn_of_workers(**self.given)
         if self.average is not None:
