@@ -292,6 +292,8 @@ def declared(experiments="a: {grid: {macs: [0.5]}}", **changed):
         (declared("a: {grid: {sead: [1]}}"), ["experiments.a.grid.sead: unknown parameter (did you mean seed?)"]),
         (declared("a: {grid: {}, gird: 1}"), ["experiments.a:", "fixed, grid or both"]),
         (declared("a/b: {grid: {seed: 1}}"), ["experiments.a/b:", "letters"]),
+        (declared("..: {grid: {seed: 1}}"), ["experiments...:", "not dots alone"]),
+        (declared("a: {grid: []}"), ["experiments.a.grid: an empty list makes no run"]),
         (declared("a: {grid: [{seed: 1}, 3]}"), ["experiments.a.grid[1]: 3 given"]),
         (declared("a: {grid: {seed: []}}"), ["experiments.a.grid.seed: an empty list"]),
         (declared("a: {fixed: {seed: 1}, grid: {seed: [1]}}"), ["a.grid.seed: stands in experiments.a.fixed too"]),
@@ -382,6 +384,12 @@ def test_refusals(project, text, words):
     found = "\n".join(problems(project(text)))
     assert all(word in found for word in words), found
     assert "small.yaml" in found
+
+
+def test_a_declaration_that_is_no_text(project):
+    path = project(declared())
+    path.write_bytes(path.read_bytes() + b"# \xe9\n")
+    assert "small.yaml is not a text in UTF-8" in "\n".join(problems(path))
 
 
 def test_all_problems_are_told_at_once(project):

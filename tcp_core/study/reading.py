@@ -130,6 +130,8 @@ class _Reader:
             content = yaml.load(self.path.read_text(encoding="utf-8"), Loader=_Loader)
         except yaml.YAMLError as error:
             raise DeclarationError([f"{self.path} is not valid YAML: {error}"]) from None
+        except UnicodeDecodeError as error:
+            raise DeclarationError([f"{self.path} is not a text in UTF-8 ({error}); save it as one"]) from None
         types = {"data": str, "notebook": str, "experiments": dict, "fixed": dict}
         content = content if isinstance(content, dict) else {}
         for key in content.keys() - types.keys():
@@ -203,13 +205,15 @@ class _Reader:
     def experiment(self, name: str, body, fixed: dict) -> Iterator[Run]:
         """Yield the runs of one experiment."""
         where = f"experiments.{name}"
-        if not re.fullmatch(r"[\w.+-]+", str(name), re.ASCII):
-            self.say(where, "an experiment's name is a folder's; use letters, digits and . _ + - only")
+        if not re.fullmatch(r"[\w.+-]+", str(name), re.ASCII) or not str(name).strip("."):
+            self.say(where, "an experiment's name is a folder's; use letters, digits and . _ + - only, not dots alone")
         if not isinstance(body, dict) or not body or body.keys() - {"fixed", "grid"}:
             self.say(where, f"{body!r} given; a mapping with fixed, grid or both, and no other key, is needed")
             return
         own = self.values(f"{where}.fixed", body.get("fixed", {}))
         grid = body.get("grid", {})
+        if grid == []:
+            self.say(f"{where}.grid", "an empty list makes no run; give at least one mapping, or leave grid out")
         for number, product in enumerate(grid if isinstance(grid, list) else [grid]):
             place = f"{where}.grid[{number}]" if isinstance(grid, list) else f"{where}.grid"
             axes = self.values(place, product, lists=True)
