@@ -163,11 +163,12 @@ def _parse(key: str, value: float | int | str) -> float | int:
     how = f"give a fraction of the dense network as a float in (0, 1] or as '40%', or {absolute}; got {key}={value!r}."
     number = value
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([^\W\d_]*|%)\s*", value)
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([^\W\d_]*|%)\s*", value)
         if match is None:
             raise BudgetError(f"budget {key} is not a number: {how}")
         digits, suffix = match.groups()
-        whole = "." not in digits and float(digits).is_integer()
+        # "1.0" is all of the dense network, "1.5e3" is 1500
+        whole = float(digits).is_integer() and ("." not in digits or "e" in digits.lower())
         if suffix == "%":
             number = float(digits) / 100
         elif not suffix:

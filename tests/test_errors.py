@@ -75,6 +75,8 @@ def train(tailor, x, steps=STEPS):
         ({"macs": 1.5}, r"macs is a fraction above 1: give a fraction .* or an absolute number as an int or as '60M'"),
         ({"macs": "150%"}, r"macs is a fraction above 1: .* got macs='150%'"),
         ({"macs": "1.5"}, r"macs is a fraction above 1: .* got macs='1\.5'"),
+        ({"macs": "15e-1"}, r"macs is a fraction above 1"),
+        ({"macs": "1e-3e"}, r"macs is not a number"),
         ({"macs": math.inf}, r"macs is a fraction above 1"),
         ({"macs": "half"}, r"macs is not a number: .* got macs='half'"),
         ({"macs": [0.5]}, r"macs is not a number"),
