@@ -204,9 +204,10 @@ class Controller:
 
     def _fewest(self) -> str:
         """Return how many units stay in each family at least, in words."""
-        if isinstance(self.min_width, int):
-            return f"{max(self.min_width, self.multiple)} unit(s)"
-        return f"{self.min_width:.3g} of the units" + (f", at least {self.multiple}," if self.multiple > 1 else "")
+        units = "unit(s)" if isinstance(self.min_width, int) else "of the units"
+        # how many units that is depends on the family: of some, each unit is several channels
+        rounded = f", rounded up to widths that are multiples of {self.multiple}," if self.multiple > 1 else ""
+        return f"{self.min_width:.3g} {units}{rounded}"
 
     def _what_holds(self, cost: str) -> str:
         """Return what keeps the floor of a cost where it is and could be changed, to end a sentence with."""

@@ -117,6 +117,19 @@ def test_the_lowest_feasible_budget_is_named_and_accepted(x, kind, min_width):
     assert counted(tailor.finish(), x)[kind] == lowest
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"min_width": 4, "multiple": 3}, r"with 4 unit\(s\), rounded up to .* multiples of 3, in each family"),
+        ({"min_width": 0.3, "multiple": 4}, r"with 0\.3 of the units, rounded up .* multiples of 4, in each family"),
+        ({"min_width": 0.3, "multiple": 1}, r"with 0\.3 of the units in each family"),
+    ],
+)
+def test_the_floor_says_how_many_units_stay(model, x, options, said):
+    with pytest.raises(BudgetError, match=said):
+        Tailor(model, x, budget={"macs": 0.001}, steps=STEPS, **options)
+
+
 # -------------------------------------------------------------------------------------------------
 # The model and its example
 
