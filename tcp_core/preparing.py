@@ -40,7 +40,7 @@ def check_trace(channels: Channels, ignore: Iterable[str] | str, also: tuple, un
     """Refuse what a trace that is there already was not made with."""
     for option, given, traced in (("ignore", ignore, channels.ignored), ("unused", unused, channels.unused)):
         given = (given,) if isinstance(given, str) else tuple(given)
-        if given and given != traced:
+        if given and {*given} != {*traced}:
             raise ValueError(
                 f"{option}={list(given)} came with channels=, a trace made with {option}={list(traced)}; give {option} "
                 f"to trace() instead."

@@ -324,6 +324,11 @@ def test_another_run_is_refused_with_what_differs(images, begun, then, now, said
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()} != {}
 
 
+def test_patterns_in_another_order_are_the_same_run(images, begun):
+    folder = begun({"ignore": ["layer3.0.conv1", "layer1.0.conv1"]})
+    run(images, folder, ignore=["layer1.0.conv1", "layer3.0.conv1", "layer1.0.conv1"])
+
+
 def test_batches_of_another_size_are_refused_also_with_as_many_steps(images, tmp_path):
     """Images in memory are counted by the batch, and half of them in half the batch are as many steps."""
     train, val = images

@@ -294,7 +294,8 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
         given
     )
     options.pop("also", None)  # further inputs, drawn anew each time; what they reach is in the count of units
-    options["ignore"] = [options["ignore"]] if isinstance(options["ignore"], str) else list(options["ignore"])
+    ignore = [options["ignore"]] if isinstance(options["ignore"], str) else options["ignore"]
+    options["ignore"] = sorted(set(ignore))  # their order decides nothing
     return options
 
 
