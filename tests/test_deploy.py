@@ -127,6 +127,27 @@ def test_eight_bits_that_overflow_on_this_cpu_are_not_kept(network, path, tmp_pa
     assert onnx.load(kept) in (onnx.load(full), onnx.load(reduced))
 
 
+def test_networks_of_two_inputs_are_named(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, left, right):
+            return self.layer(left) + self.layer(right)
+
+    x = torch.randn(2, 4)
+    path = tcp.export(Two(), tmp_path / "two.onnx", (x, x))
+    for act in (
+        lambda: running.call(path, x),
+        lambda: running.accuracy(path, [(x, torch.zeros(2))]),
+        lambda: running.quantise(path, tmp_path / "eight.onnx", x),
+        lambda: profiling.layer_times(path, x),
+    ):
+        with pytest.raises(ValueError, match=r"two\.onnx has the inputs \w+, \w+, and only networks of one input"):
+            act()
+
+
 def test_what_cannot_be_quantised_leaves_the_older_file(path, tmp_path):
     older = tmp_path / "older.onnx"
     older.write_bytes(b"an older file")

@@ -11,7 +11,7 @@ import pandas as pd
 from torch import Tensor
 
 from .exporting import require
-from .running import session
+from .running import input_of, session
 
 LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul"}
 KINDS = {
@@ -40,9 +40,9 @@ def layer_times(path: str | Path, x: Tensor, *, runs: int = 20, threads: int = 1
     graph = onnx.load(path).graph
     with tempfile.TemporaryDirectory() as folder:
         ready = session(path, threads=threads, profile=Path(folder) / "profile")
-        (entry,) = ready.get_inputs()
+        name = input_of(ready, path)
         for _ in range(runs + 1):
-            ready.run(None, {entry.name: x.numpy()})
+            ready.run(None, {name: x.numpy()})
         events = json.loads(Path(ready.end_profiling()).read_text())
     events = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
     durations: dict[tuple[str, str], list[float]] = defaultdict(list)

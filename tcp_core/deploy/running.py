@@ -39,11 +39,21 @@ def session(path: str | Path, *, threads: int = 1, profile: str | Path | None = 
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+def input_of(ready: onnxruntime.InferenceSession, path: str | Path) -> str:
+    """Return the name of a network's one input; ValueError if it has more."""
+    names = [entry.name for entry in ready.get_inputs()]
+    if len(names) != 1:
+        raise ValueError(
+            f"{path} has the inputs {', '.join(names)}, and only networks of one input are taken here; run it by "
+            f"onnxruntime's own session.run."
+        )
+    return names[0]
+
+
 def call(path: str | Path, x: Tensor, *, threads: int = 1) -> Callable[[], list[np.ndarray]]:
     """Return a call without arguments that runs the network at ``path`` on ``x``, to be timed."""
     ready = session(path, threads=threads)
-    (entry,) = ready.get_inputs()
-    feed = {entry.name: x.numpy()}
+    feed = {input_of(ready, path): x.numpy()}
     return lambda: ready.run(None, feed)
 
 
@@ -61,10 +71,10 @@ def torch_call(model: nn.Module, x: Tensor) -> Callable[[], Any]:
 def accuracy(path: str | Path, batches: Iterable[tuple[Tensor, Tensor]], *, threads: int = 1) -> float:
     """Return the share of images whose largest output is at their label; ``batches`` are ``(images, labels)``."""
     ready = session(path, threads=threads)
-    (entry,) = ready.get_inputs()
+    name = input_of(ready, path)
     right = seen = 0
     for x, y in batches:
-        logits = ready.run(None, {entry.name: x.numpy()})[0]
+        logits = ready.run(None, {name: x.numpy()})[0]
         right += int((torch.from_numpy(logits).argmax(1) == y).sum())
         seen += len(y)
     if not seen:
@@ -92,7 +102,7 @@ def quantise(
             goes to CPUs without VNNI, or to ones unknown.
 
     Raises:
-        ValueError: without images.
+        ValueError: without images, or if the network has several inputs.
         ExportError: if it cannot be quantised, or what comes out is not finite.
     """
     require("onnx", "onnxruntime")
@@ -102,20 +112,20 @@ def quantise(
     path, out = Path(path), Path(out)
     if not len(images):
         raise ValueError("no images to calibrate on; give about a hundred of the training images.")
-    (entry,) = session(path).get_inputs()
+    name = input_of(session(path), path)
     batches = [batch.numpy() for batch in images.split(batch_size)]
 
     class Reader(quantization.CalibrationDataReader):
         """The images, batch by batch, as onnxruntime asks for them."""
 
         def __init__(self) -> None:
-            self.feeds = iter([{entry.name: batch} for batch in batches])
+            self.feeds = iter([{name: batch} for batch in batches])
 
         def get_next(self) -> dict | None:
             return next(self.feeds, None)
 
     def outputs_of(file: Path) -> list[np.ndarray]:
-        return session(file).run(None, {entry.name: batches[0]})
+        return session(file).run(None, {name: batches[0]})
 
     def distance(found: Path) -> float:
         outputs = outputs_of(found)
