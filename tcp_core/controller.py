@@ -424,7 +424,9 @@ class Controller:
         if (refused := int(self.refused)) > self.reported:
             warnings.warn(
                 f"{refused - self.reported} step(s) had gradients that are not finite and were refused: importance "
-                f"and gates did not change. With loss scaling a few are normal; otherwise lower the learning rate.",
+                f"and gates did not change. With loss scaling a few are normal; otherwise lower the learning rate, or, "
+                f"if gates are closed already ({int((self.gate == 0).sum())} are), see whether the network takes a "
+                f"root of a channel or divides by one: a closed one is zero.",
                 RuntimeWarning,
                 stacklevel=4,
             )

@@ -185,10 +185,12 @@ class Tailor(Gated):
         """
         if not self.frozen:
             controller = self.controller
+            refused = f" {int(controller.refused)} of them had gradients that are not finite and moved no gate: see to "
+            refused += "the loss first."
             raise RuntimeError(
                 f"finish() before the set is frozen: {controller.step_count} of {controller.steps} steps were taken "
-                f"and it is frozen at about step {controller.end}. Train on, or construct the Tailor with the number "
-                f"of steps you really take."
+                f"and it is frozen at about step {controller.end}.{refused if controller.refused else ''} Train on, or "
+                f"construct the Tailor with the number of steps you really take."
             )
         if not self.shrunk:
             self._shrink([each for each in optimizers if each is not None])

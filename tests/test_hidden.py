@@ -251,3 +251,25 @@ def test_an_average_in_a_dict_follows_under_every_name_of_a_tied_weight():
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     assert {name: value.shape for name, value in average.items()} == shapes
     assert shapes["3.weight"] != (8, 8, 3, 3)
+
+
+class Rooted(nn.Module):
+    """A spread without a small number under the root: its gradient is not finite where a channel is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).var((2, 3)).sqrt())
+
+
+def test_a_root_of_a_closed_channel_is_named_where_its_gradients_are_refused():
+    model = Rooted()
+    tailor = tcp.Tailor(model, X[:2], budget={"macs": 0.5}, steps=40, multiple=1)
+    with pytest.warns(RuntimeWarning, match=r"if gates are closed already .* a root of a channel"):
+        for _ in range(40):
+            F.cross_entropy(tailor(X), Y).backward()
+            tailor.step(shrink=False)
+    with pytest.raises(RuntimeError, match=r"\d+ of them had gradients that are not finite .* Train on"):
+        tailor.finish()
