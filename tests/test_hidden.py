@@ -17,6 +17,19 @@ X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(4, (32,), generator=torch.Generator().manual_seed(1))
 
 
+def train(tailor, steps, shrink=True):
+    """A loop of one's own; returns what finish() does, or the Tailor that was not to shrink."""
+    optimizer = torch.optim.SGD([p for p in tailor.model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(steps):
+        outputs = tailor(X)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        optimizer.zero_grad()
+        sum(F.cross_entropy(each, Y) for each in outputs).backward()
+        optimizer.step()
+        tailor.step(shrink=shrink)
+    return tailor.finish() if shrink else tailor
+
+
 def block(before, after):
     return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU())
 
@@ -53,15 +66,7 @@ def test_branches_that_only_training_has_are_tried_out(how):
     model = Auxiliary(taken)
     channels = tcp.trace(model, X[:2])
     assert int(channels.prunable.sum()) == prunable
-    tailor = tcp.Tailor(model, X[:2], budget={"macs": 0.6}, steps=40, multiple=1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    for _ in range(40):
-        loss = sum(F.cross_entropy(y, Y) for y in tailor(X))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        tailor.step()
-    tailor.finish()
+    train(tcp.Tailor(model, X[:2], budget={"macs": 0.6}, steps=40, multiple=1), 40)
 
 
 class Counting(Auxiliary):
@@ -204,15 +209,9 @@ def test_channels_that_no_gradient_reaches_are_told_of(frozen):
     model = Behind(frozen).train()
     model.encoder.requires_grad_(False)
     tailor = tcp.Tailor(model, X[:2], budget={"macs": 0.4}, steps=60, multiple=1)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        for _ in range(60):
-            loss = F.cross_entropy(tailor(X), Y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            tailor.step()
+        train(tailor, 60)
     said = [str(each.message) for each in said if "no gradient with respect to" in str(each.message)]
     assert len(said) == frozen
     assert all("'encoder.0'" in each and "ignore=" in each for each in said)
@@ -240,14 +239,7 @@ def test_an_average_in_a_dict_follows_under_every_name_of_a_tied_weight():
     tailor = tcp.Tailor(model, X[:2], budget={"macs": 0.5}, steps=40, multiple=1)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     tailor.carry(average)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    for _ in range(40):
-        loss = F.cross_entropy(tailor(X), Y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        tailor.step()
-    tailor.finish()
+    train(tailor, 40)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     assert {name: value.shape for name, value in average.items()} == shapes
     assert shapes["3.weight"] != (8, 8, 3, 3)
@@ -268,8 +260,6 @@ def test_a_root_of_a_closed_channel_is_named_where_its_gradients_are_refused():
     model = Rooted()
     tailor = tcp.Tailor(model, X[:2], budget={"macs": 0.5}, steps=40, multiple=1)
     with pytest.warns(RuntimeWarning, match=r"if gates are closed already .* a root of a channel"):
-        for _ in range(40):
-            F.cross_entropy(tailor(X), Y).backward()
-            tailor.step(shrink=False)
+        train(tailor, 40, shrink=False)
     with pytest.raises(RuntimeError, match=r"\d+ of them had gradients that are not finite .* Train on"):
         tailor.finish()
