@@ -53,7 +53,7 @@ def test_every_run_that_was_compared_is_on_the_page(study):
 def longer(tmp_path, epochs=20, gain=0.02):
     """Return the study with some runs of the short study once more, as if they had been longer."""
     runs = tmp_path / "runs"
-    shutil.copytree(ROOT / "results" / "runs", runs, ignore=shutil.ignore_patterns("cifar10-long"))
+    shutil.copytree(ROOT / "results" / "runs", runs, ignore=shutil.ignore_patterns("cifar10-long", "cifar10-half"))
     for path in (ROOT / "results" / "runs" / "cifar10-cpu" / "pretrained").glob("*-seed0"):
         if not re.match("(tailored|taylor)-macs0.(5|15)-|dense", path.name):
             continue

@@ -186,7 +186,7 @@ def _budgets(rows):
 
 def _glance_and_reading(summary, accuracy):
     said = [_overall(row, summary) for row in _part(summary, "mean over all").to_dict("records")]
-    return [_table(glance(summary, accuracy)), *said]
+    return [_table(glance(summary, accuracy)), "\n".join(f"- {each}" for each in said)]
 
 
 def _overall(row, summary):
