@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tcp_core as tcp
+from tcp_core import tracing
 from tcp_core.gates import close
 from tcp_core.removal import remove
 
@@ -107,6 +108,13 @@ def test_a_branch_that_is_small_beside_the_rest_is_tried_out_too(scale, size):
     before = model.scale.detach().clone()
     assert int(tcp.trace(model, X[:2]).prunable.sum()) == 16
     assert torch.equal(model.scale, before)
+
+
+@pytest.mark.parametrize("cost", ["macs", "params"])
+def test_of_a_large_network_the_layer_scales_are_found_in_single_precision(cost, monkeypatch):
+    monkeypatch.setitem(tracing.CHEAP, cost, 0)
+    assert int(tcp.trace(Scaled(1e-6, 100.0), X[:2]).prunable.sum()) == 16
+    assert tcp.trace(Scaled(1.0, 1e-3), X[:2]).prunable.all()  # what is then too small to see
 
 
 class SinglePrecision(nn.Module):

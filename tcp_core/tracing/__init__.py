@@ -50,8 +50,10 @@ RULES: dict[str, Rule] = {
     "copy": movement.copy,
 }
 
-CHEAP = 5e8
-"""Multiply-accumulates of a network that is tried out in double precision, in which depthwise convolutions are slow."""
+CHEAP = {"macs": 5e8, "params": 1e8}
+"""Networks up to this cost are tried out in double precision, in which depthwise convolutions are slow and a copy takes
+twice the memory.
+"""
 
 COMPUTED = "size computed in Python"
 CHANGING = "outputs that change from run to run"
@@ -145,7 +147,8 @@ def _tried(ids: Identities, ignored: Patterns, examples: Sequence[tuple[tuple, d
         units = Units(ids)
         channels = units.channels(ignored, examples)
         if model is None:
-            model = _precise(ids.model, examples) if channels.cost()["macs"] <= CHEAP else ids.model
+            cheap = all(cost <= CHEAP[name] for name, cost in channels.cost().items())
+            model = _precise(ids.model, examples) if cheap else ids.model
         try:
             failed = _not_removable(model, channels, training)
         except NotRepeatable:
