@@ -179,7 +179,7 @@ def shrink(
         _rebuild(wrapper)
 
 
-def own_names(model: nn.Module) -> dict[str, str]:
+def _first_names(model: nn.Module) -> dict[str, str]:
     """Return, for every name of a parameter or buffer, the first one that the same tensor has: tied ones have more."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     first: dict[int, str] = {}
@@ -188,7 +188,7 @@ def own_names(model: nn.Module) -> dict[str, str]:
 
 def _add_network(cuts: Cuts, network: Average, model: nn.Module, channels: Channels, open_units: Tensor) -> None:
     if isinstance(network, Mapping):
-        first = own_names(model)
+        first = _first_names(model)
         for name, tensor in network.items():
             cuts.add(tensor, channels.kept(first.get(name, name), open_units))
         return

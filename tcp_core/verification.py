@@ -42,8 +42,8 @@ def run_both(
 ) -> None:
     """Compare as :func:`compare` does, but leave behind what running the networks changes in them.
 
-    ``training``: also as far as they are in train mode, see :func:`run`; where the network cannot be run or repeats
-    itself in eval mode alone, there only.
+    ``training``: in train mode too, see :func:`run`, where the network runs on the example in that mode and repeats
+    itself.
     """
     gated = close(model, channels, open_units)
     if precision := next((each.dtype for each in model.parameters() if each.is_floating_point()), None):
@@ -64,13 +64,18 @@ def _run_both_in_training(model: nn.Module, gated: nn.Module, small: nn.Module, 
         difference = differing(expected, found, tolerance)
     except Exception as error:
         difference = f": the smaller one raised {type(error).__name__}: {error}"
-    if not difference:
-        return
-    with left_as_found(model):
-        expected, _ = run(gated, example, training=True)
-    again, _ = run(gated, example, training=True)
-    if not differing(expected, again, tolerance):
+    if difference and not _changing(model, gated, example, tolerance, training=True):
         raise RemovalError(f"in train mode gated and smaller network differ{difference}")
+
+
+def _changing(
+    model: nn.Module, gated: nn.Module, example: tuple[tuple, dict], tolerance: float, training: bool = False
+) -> str:
+    """Return how the outputs of the gated network differ from one run to the next; "" if they do not."""
+    with left_as_found(model):
+        expected, _ = run(gated, example, training)
+    again, _ = run(gated, example, training)
+    return differing(expected, again, tolerance)
 
 
 def _run_both(model: nn.Module, gated: nn.Module, small: nn.Module, example: tuple[tuple, dict]) -> None:
@@ -91,10 +96,7 @@ def _run_both(model: nn.Module, gated: nn.Module, small: nn.Module, example: tup
         ) from error
     if not (difference := differing(expected, found, tolerance)):
         return
-    with left_as_found(model):
-        expected, _ = run(gated, example)
-    again, _ = run(gated, example)
-    if changing := differing(expected, again, tolerance):
+    if changing := _changing(model, gated, example, tolerance):
         raise NotRepeatable(
             f"the network gives other outputs each time it runs on the same input (they differ{changing}), so gated "
             f"and smaller network cannot be compared. Random numbers of torch, Python and NumPy are held still for the "

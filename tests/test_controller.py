@@ -138,6 +138,16 @@ def test_fill_is_greedy_and_leaves_nothing_that_fits(problem):
     assert torch.equal(winning, expected)
 
 
+def in_multiples(problem, multiple):
+    """Return the channels of a problem, its score, bounds that the smallest network of such widths meets, and the
+    rest.
+    """
+    name, score, bounds, min_width = problem
+    channels = traced(name)
+    floor = channels.cost(required_units(channels, min_width, multiple))
+    return channels, score, {key: max(bound, floor[key]) for key, bound in bounds.items()}, min_width
+
+
 def assert_multiples(channels, winning, multiple):
     for family in channels.families:
         width = int(winning[family.units].sum())
@@ -148,10 +158,7 @@ def assert_multiples(channels, winning, multiple):
 @searched(60, 300, problem=problems(), multiple=st.sampled_from([2, 3, 8]))
 @example(problem=("grouped", torch.zeros(7), {"macs": 25508}, 1), multiple=2)  # room for the fifth unit alone
 def test_fill_in_multiples_leaves_no_block_that_fits(problem, multiple):
-    name, score, bounds, min_width = problem
-    channels = traced(name)
-    floor = channels.cost(required_units(channels, min_width, multiple))
-    bounds = {key: max(bound, floor[key]) for key, bound in bounds.items()}
+    channels, score, bounds, min_width = in_multiples(problem, multiple)
     winning = fill(channels, score, bounds, min_width, multiple)
     assert within(channels, winning, bounds)
     assert_allowed(channels, winning, min_width)
@@ -193,10 +200,7 @@ def test_tighten_uses_the_budget_as_far_as_exchanges_can(problem):
 
 @searched(60, 300, problem=problems(), multiple=st.sampled_from([2, 3, 4]))
 def test_tighten_keeps_multiples(problem, multiple):
-    name, score, bounds, min_width = problem
-    channels = traced(name)
-    floor = channels.cost(required_units(channels, min_width, multiple))
-    bounds = {key: max(bound, floor[key]) for key, bound in bounds.items()}
+    channels, score, bounds, min_width = in_multiples(problem, multiple)
     filled = fill(channels, score, bounds, min_width, multiple)
     winning = tighten(channels, filled, score, bounds, min_width, multiple)
     assert within(channels, winning, bounds)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
@@ -83,8 +84,12 @@ def test_a_network_with_the_widths_of_ours_is_no_comparator(monkeypatch):
     """It would beat ours with what ours found; it is compared, but not among the rivals."""
     rows = [run(), run(test_accuracy=0.8, method="small")]
     rows += [run(test_accuracy=0.95, method="small", **{"param.widths_of": "../runs/d/e/tailored-macs0.5-seed0"})]
-    pairs = tables.differences(tables.accuracy(study_of(monkeypatch, *rows)))
+    table = tables.accuracy(study_of(monkeypatch, *rows))
+    pairs = tables.differences(table)
     assert sorted(pairs["options_rival"]) == ["", "with the widths of ours"]
+    figure = study_plots.training_cost_figure(table)  # in which it would not have the cost of ours
+    assert not [text for text in figure.findobj(Text) if "widths" in text.get_text()]
+    plt.close(figure)
     total = tables.summary(pairs)
     for part in ("best comparator", "mean over all", "each comparator"):
         assert total[total["part"] == part]["difference"].to_list() == pytest.approx([10]), part

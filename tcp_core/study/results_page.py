@@ -241,8 +241,7 @@ def _reading(rows, pairs, best):
             f"({_chance(pair['difference'], pair['se'])}). Training cost as much as {number(ours, 1)} dense epochs, "
             f"against {number(theirs, 1)}."
         )
-    borrowed = pairs[pairs["options_rival"].str.contains(tables.BORROWED, regex=False)]
-    for pair in borrowed.to_dict("records"):
+    for pair in pairs[tables.borrowed(pairs["options_rival"])].to_dict("records"):
         said.append(
             f"- At {pair['budget']} a network {pair['options_rival']}, trained from fresh weights, has "
             f"{number(pair['accuracy_rival'], 2)}: ours is {_points(pair['difference'])} it "

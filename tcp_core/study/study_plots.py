@@ -18,7 +18,7 @@ from ..training.frames import WIDTHS, require
 from ..training.plots import COLORS, DOTS, TEXT_GREY, finished, style
 from .pages import COSTS, GOAL, GROUP, METHODS, heading, number
 from .published import ARCHITECTURES
-from .tables import budget_order, family
+from .tables import borrowed, budget_order, family
 
 OURS = COLORS["tailored"]
 LOST = "#8C2D5A"  # where a comparator is better
@@ -126,7 +126,11 @@ def length_figure(table: pd.DataFrame) -> Figure:
 
 
 def _by_budget(table, column, label, title):
-    """Draw test accuracy against ``column``, one panel a budget on macs at which two methods were compared."""
+    """Draw test accuracy against ``column``, one panel a budget on macs at which two methods were compared.
+
+    Networks with the widths of another run are left out: neither length nor cost of that run is theirs.
+    """
+    table = table[~borrowed(table["options"])]
     dense = table[table["method"] == "dense"].sort_values("epochs")
     table = table[table["budget"].str.fullmatch(r"[\d.]+ % macs")]
     table = table[table.groupby("budget")["method"].transform("nunique") > 1]

@@ -34,7 +34,6 @@ OF_COMPARATORS = ("prune_at", "restart", "widths_of")
 OF_CONTROLLER = ("phase_start", "phase_end")
 OF_BOTH = ("multiple",)
 BORROWED = "with the widths of"
-"""In its options, what tells a network that another run's result went into: no rival, it needs that run first."""
 WORDS = {
     "phase_start": lambda share: f"phase from {100 * share:g} %",
     "phase_end": lambda share: f"to {100 * share:g} % of the run",
@@ -46,6 +45,11 @@ WORDS = {
 SAYS_NOTHING = ("seed", "threads", "out", "read_test", "checkpoint_every", "workers", "tensorboard")
 
 NOT_PUBLIC = "not public"
+
+
+def borrowed(options: pd.Series) -> pd.Series:
+    """Say of each of these options whether another run's widths went in: no rival, and it costs that run's training."""
+    return options.str.contains(BORROWED, regex=False)
 
 
 def run_defaults(notebook: str | Path) -> dict:
@@ -149,7 +153,7 @@ def summary(pairs: pd.DataFrame, *, goals: bool = True) -> pd.DataFrame:
     """
     pairs = pairs.assign(pairs=1, wins=1 * (pairs["difference"] > 0), losses=1 * (pairs["difference"] < 0))
     pairs["length"] = pairs["epochs"].map(length)
-    rivals = pairs[(pairs["rival"] != "dense") & ~pairs["options_rival"].str.contains(BORROWED, regex=False)]
+    rivals = pairs[(pairs["rival"] != "dense") & ~borrowed(pairs["options_rival"])]
     ours = [*GROUP, "options"]
     best = rivals.loc[rivals.groupby([*ours, "budget"])["difference"].idxmin()] if len(rivals) else rivals
     at_half = pairs[(pairs["rival"] == "dense") & (pairs["budget"] == "50 % macs")]

@@ -123,12 +123,12 @@ def trace(
         unreached = freeze_for_unreached(ids, set().union(*left_over.values()))
         # Tried out in the state that these runs left: what a forward pass has kept must fit the smaller network too.
         examples = [example, *(_samples(model, other, 1) for other in also)]
-        _fill_zeros(model)
+        _fill_in(model)
         return replace(_tried(ids, ignored, examples), unreached=unreached, unused=tuple(left_over))
 
 
 @torch.no_grad()
-def _fill_zeros(model: nn.Module) -> None:
+def _fill_in(model: nn.Module) -> None:
     """Give parameters that are all zero, as the last norm of a block often is at first, some numbers, and vectors that
     are nearly so, such as layer scales of 1e-6: what these multiply, or what they would add, shows in no output.
     """
