@@ -16,7 +16,6 @@ After every backward pass it reads the gates' gradients and moves the gates; the
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,19 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import complaints
 from .channels import Channels
-from .cost import Budget, BudgetError, Costs, Measured, amount
-from .explanation import in_words
+from .cost import Budget, BudgetError, Costs, Measured
 from .maturity import phase_of
 from .selection import fill, liked, required_units, settle, tighten
-
-KINDS = {
-    ("unknown",): "operators that are not understood",
-    ("attribute", "computed", "changing", "fixed"): "sizes that could not follow",
-    ("unreached",): "layers that no traced call reaches",
-    ("ignored",): "patterns",
-}
-"""Causes that a user can change, by their kind."""
 
 KEEP_STEPS = 100
 """So many steps of the dense network say what its units are worth; what fewer have found counts less."""
@@ -174,11 +165,7 @@ class Controller:
 
     def _check(self, channels: Channels, steps: int, phase, lookahead: float, ramp: float) -> None:
         if not channels.prunable.any():
-            held = f", held by: {in_words(channels.causes)}" if channels.causes else ""
-            raise ValueError(
-                f"no unit of this network can be removed ({channels.units} units{held}). Check that the network has "
-                f"hidden convolutions or linear layers; channels.explain() goes through them layer by layer."
-            )
+            raise ValueError(complaints.nothing_prunable(channels))
         pair = isinstance(phase, (tuple, list)) and len(phase) == 2
         if not pair or not 0 <= phase[0] < phase[1] <= 1 or not 0 < lookahead < 1 or not 0 < ramp <= 1:
             raise ValueError(
@@ -194,43 +181,7 @@ class Controller:
             )
         for name, bound in self.bounds.items():
             if bound < self.floor[name]:
-                raise BudgetError(
-                    f"the {name} budget of {amount(name, bound)} ({bound / self.dense[name]:.2%} of the dense "
-                    f"{amount(name, self.dense[name])}) is below the floor: with {self._fewest()} in each family "
-                    f"the smallest network has {amount(name, self.floor[name])} "
-                    f"({self.floor[name] / self.dense[name]:.2%}). Give {name} >= "
-                    f"{amount(name, self.floor[name]).replace(',', '')}, {self._what_holds(name)}"
-                )
-
-    def _fewest(self) -> str:
-        """Return how many units stay in each family at least, in words."""
-        units = "unit(s)" if isinstance(self.min_width, int) else "of the units"
-        # how many units that is depends on the family: of some, each unit is several channels
-        rounded = f", rounded up to widths that are multiples of {self.multiple}," if self.multiple > 1 else ""
-        return f"{self.min_width:.3g} {units}{rounded}"
-
-    def _what_holds(self, cost: str) -> str:
-        """Return what keeps the floor of a cost where it is and could be changed, to end a sentence with."""
-        reasons = []
-        for kinds, words in KINDS.items():
-            causes = [cause for cause in self.channels.causes if cause.kind in kinds]
-            if not causes:
-                continue
-            free = self.channels.prunable.index_fill(0, torch.cat([cause.units for cause in causes]), True)
-            freed = dataclasses.replace(self.channels, prunable=free)
-            lower = self.cost_model.exact(required_units(freed, self.min_width, self.multiple))[cost]
-            if lower < self.floor[cost]:
-                share = (self.floor[cost] - lower) / self.dense[cost]
-                reasons.append(f"{words} hold {share:.1%} of the dense {cost} ({in_words(causes)})")
-        lower = self.cost_model.exact(required_units(self.channels, 1, 1))[cost]
-        if lower < self.floor[cost]:
-            share = (self.floor[cost] - lower) / self.dense[cost]
-            reasons.append(
-                f"min_width={self.min_width} and multiple={self.multiple} hold {share:.1%} of the dense {cost}"
-            )
-        if not reasons:
-            return "for no smaller network can be made of this one."
-        return f"or change what keeps it there: {'; '.join(reasons)}. See channels.explain()."
+                raise BudgetError(complaints.below_floor(self, name))
 
     def update(self, gradient: Tensor) -> None:
         """Take one step, after a backward pass: ``gradient`` is the loss's gradient with respect to the gates,
@@ -345,12 +296,7 @@ class Controller:
         spread = timings[winning.numpy().tobytes()].spread
         self.measured = {"latency": ms, "spread": spread, "networks": networks}
         if ms > targets["latency"]:
-            warnings.warn(
-                f"no network was measured within the latency of {targets['latency']:.4g} ms; the nearest takes "
-                f"{ms:.4g} ms (spread {spread:.1%}). The machine may be slower than when the run began.",
-                RuntimeWarning,
-                stacklevel=5,
-            )
+            warnings.warn(complaints.above_latency(targets["latency"], ms, spread), RuntimeWarning, stacklevel=5)
         return winning
 
     def _adapt(self, hard: Mapping[str, int]) -> None:
@@ -409,27 +355,12 @@ class Controller:
         losers = [family for family in silent if losing[family.units].any()]
         if losers and len(silent) < len(self.channels.families):
             self.unranked = True
-            layers = [family.layers[0] for family in silent]
-            warnings.warn(
-                f"the loss has no gradient with respect to the channels of {', '.join(map(repr, layers[:3]))}"
-                f"{f' and {len(layers) - 3} more layers' if len(layers) > 3 else ''}: they go in the order of their "
-                f"numbers, whatever they are worth. So it is behind torch.no_grad() and detach(), and where the "
-                f"loss leaves an output out. Let the gradient through, for channels of frozen weights are ranked too, "
-                f"or name these layers in ignore=.",
-                RuntimeWarning,
-                stacklevel=5,
-            )
+            warnings.warn(complaints.without_gradient(silent), RuntimeWarning, stacklevel=5)
 
     def _warn_refused(self) -> None:
         if (refused := int(self.refused)) > self.reported:
-            warnings.warn(
-                f"{refused - self.reported} step(s) had gradients that are not finite and were refused: importance "
-                f"and gates did not change. With loss scaling a few are normal; otherwise lower the learning rate, or, "
-                f"if gates are closed already ({int((self.gate == 0).sum())} are), see whether the network takes a "
-                f"root of a channel or divides by one: a closed one is zero.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            closed = int((self.gate == 0).sum())
+            warnings.warn(complaints.not_finite(refused - self.reported, closed), RuntimeWarning, stacklevel=4)
             self.reported = refused
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,9 +39,19 @@ def save(model: nn.Module, path: str | Path) -> Path:
     """Write a tailored (or dense) network to ``path``, a ``.safetensors`` file; return the path.
 
     The file holds every parameter and buffer; its metadata holds, as JSON, the shape of each now and in the dense
-    network, the groups and channel padding of modules, and the SHA-256 of all of it. It is whole or not there.
+    network, the groups and channel padding of modules, and the SHA-256 of all of it. It is whole or not there. What
+    modules return from ``get_extra_state`` may be anything, so it is not stored, and a warning says so.
     """
     path, model = Path(path), unwrapped(model, "save")
+    if extra := _with_extra_state(model):
+        warnings.warn(
+            f"{path} will not hold the extra state of {', '.join(map(repr, extra[:3]))}"
+            f"{f' and {len(extra) - 3} more modules' if len(extra) > 3 else ''}: what get_extra_state returns may be "
+            f"any object, and nothing is pickled here. load() gives these modules as the dense network has them. Keep "
+            f"it in a buffer, or save it beside and call set_extra_state after load().",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _tensors(model).items()}
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     modules = [(name, _attributes(module)) for name, module in model.named_modules()]
@@ -116,6 +127,12 @@ def load(dense_model: nn.Module, path: str | Path) -> nn.Module:
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer once, by the first name it goes by."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _with_extra_state(model: nn.Module) -> list[str]:
+    """Return the names of modules whose state is more than parameters and buffers ("" for the network itself)."""
+    plain = nn.Module.get_extra_state
+    return [name for name, module in model.named_modules() if type(module).get_extra_state is not plain]
 
 
 def _attributes(module: nn.Module) -> dict:

@@ -48,6 +48,26 @@ def ties(model):
     return [first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)]
 
 
+class Counting(nn.Conv2d):
+    """Keeps something that is neither a parameter nor a buffer."""
+
+    calls = 0
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+
+def test_extra_state_is_not_stored_and_said_so(tmp_path, images):
+    small = tailored(nn.Sequential(Counting(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), images)
+    with pytest.warns(RuntimeWarning, match="will not hold the extra state of '0'"):
+        path = save(small, tmp_path / "small.safetensors")
+    loaded = load(nn.Sequential(Counting(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), path)
+    assert torch.equal(outputs(small, images)[0], outputs(loaded, images)[0])
+
+
 @pytest.fixture
 def images():
     return torch.randn(2, 1, 8, 8)
