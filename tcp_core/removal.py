@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .carrying import Kept, cut_value, state_tensors, take
+from .carrying import Cuts, Kept, cut_optimizer, take
 from .channels import Channels, stays
 from .state import non_leaf_tensors
 from .verification import compare
@@ -28,7 +28,8 @@ def remove(
         channels: its trace.
         open_units: bool ``[units]``; the units that stay.
         optimizer: if given, its parameters are replaced by the smaller network's and its state (momentum, moments) is
-            indexed along, so that training goes on without a jump.
+            indexed along, so that training goes on without a jump. What it keeps for a parameter and cannot be cut
+            starts anew, with a warning.
         verify: compare the outputs of the gated and the smaller network on the traced example before anything else
             changes.
 
@@ -45,7 +46,7 @@ def remove(
         compare(model, small, channels, open_units)
     if optimizer is not None:
         kept = {id(p): channels.kept(name, open_units) for name, p in model.named_parameters()}
-        carry_over(optimizer, replaced, kept)
+        _carry_over(optimizer, model, replaced, kept)
     return small
 
 
@@ -185,25 +186,14 @@ def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors}
 
 
-def carry_over(optimizer: torch.optim.Optimizer, replaced: dict[int, Tensor], kept: dict[int, Kept]) -> None:
-    """Point ``optimizer`` at the smaller network's parameters, its state indexed along.
-
-    State that is not understood (see :func:`tcp_core.carrying.cut_value`) starts anew for its parameter.
-    """
-    if isinstance(optimizer, torch.optim.LBFGS):  # one state for all, flattened
-        optimizer.state.clear()
-        optimizer._numel_cache = None
+def _carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, replaced: dict[int, Tensor], kept: dict[int, Kept]):
+    """Point ``optimizer`` at the smaller network's parameters, its state cut as for one that becomes smaller itself."""
+    cuts = Cuts()
+    cut_optimizer(cuts, optimizer, kept, {id(parameter): name for name, parameter in model.named_parameters()})
+    cuts.apply()
     for group in optimizer.param_groups:
         for position, old in enumerate(group["params"]):
-            if (new := replaced.get(id(old))) is None:
-                continue
-            group["params"][position] = new
-            state = optimizer.state.pop(old, {})
-            cut = {
-                key: cut_value(key, value, old.shape, kept[id(old)]) if isinstance(value, Tensor) else value
-                for key, value in state.items()
-            }
-            within = sum(1 for _ in state_tensors(state)) > sum(isinstance(value, Tensor) for value in state.values())
-            lost = any(isinstance(value, Tensor) and cut[key] is None for key, value in state.items())
-            if state and not within and not lost:
-                optimizer.state[new] = cut
+            if (new := replaced.get(id(old))) is not None:
+                group["params"][position] = new
+                if old in optimizer.state:
+                    optimizer.state[new] = optimizer.state.pop(old)

@@ -752,8 +752,9 @@ def test_a_copy_takes_along_no_state_that_does_not_fit(kind):
             optimizer.state[parameter]["history"] = [torch.zeros_like(parameter)]
     channels = trace(model, x[:2])
     small = remove(model, channels, random_open(channels, 0.5), optimizer=optimizer)
-    for state in optimizer.state.values():
-        assert "history" not in state
+    if kind == "lists":
+        for parameter in small.parameters():
+            assert optimizer.state[parameter]["history"][0].shape == parameter.shape
     optimizer.step(partial(closure, small))
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == sum(
         p.numel() for p in small.parameters()
