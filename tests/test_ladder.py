@@ -105,6 +105,24 @@ def test_training_is_charged_for_the_network_that_is_trained(curve):
         assert least < row["training_cost"] <= most + 1e-9
 
 
+@pytest.mark.parametrize("given", [{}, {"verbose": False}, {"on_epoch": lambda row: None}])
+def test_rows_are_in_percent_of_the_dense_network(images, capsys, given):
+    dense = tcp.trace(build(), images[0].pixels[:2].float()).cost()["macs"]
+    curve = descend(images, budgets=[{"macs": 0.6}, {"macs": 0.3}], epochs=8, **given)
+    lines = capsys.readouterr().out.splitlines()
+    if given:
+        assert not lines
+        return
+    assert [line.split(";")[0] for line in lines if line.startswith("rung")] == [
+        "rung 1 of 2: 60% macs",
+        "rung 2 of 2: 30% macs",
+    ]
+    rows = [line for line in lines if line.startswith("epoch")]
+    assert len(rows) == 16 and rows[8].startswith("epoch   1/8")
+    for line, macs in zip(rows, curve.history["macs"], strict=True):
+        assert f"macs {macs / dense:.2%}" in line
+
+
 class Stop(Exception):
     pass
 

@@ -20,7 +20,7 @@ from . import identity
 from .averaging import Average
 from .batches import by_epoch, channels_last, check_batch_size, mixer
 from .evaluation import PRECISIONS, autocast, check_precision, device_of
-from .frames import printed
+from .frames import printed, say
 from .objective import Objective, check_labels, check_teacher, in_full_precision, taught, teacher_of
 from .processes import agree, plain_batch_norms, rank_and_world, synchronised, together
 from .recipe import Optimise, Schedule, described, optimise, scheduled
@@ -195,7 +195,7 @@ def fit(
     if saved:
         run.restore(saved)
         if first and verbose is not False:
-            _say(f"resuming from step {run.step} of {steps}")
+            say(f"resuming from step {run.step} of {steps}")
     run.called = together(run.network, device)
     shown = first and (on_epoch is None and on_step is None if verbose is None else verbose)
     for epoch in range(len(run.history), epochs):
@@ -203,18 +203,11 @@ def fit(
         run.share()
         row = run.end_epoch(run.validate(val))
         if shown:
-            _say(printed(row, channels.cost(), epochs, share=metric is None))
+            say(printed(row, channels.cost(), epochs, share=metric is None))
         if on_epoch is not None:
             on_epoch(row | {"widths": channels.widths(run.open_units)})
     plain_batch_norms(run.trained, classes)
     return run.result()
-
-
-def _say(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except OSError:  # whoever read it is gone; training is worth more
-        pass
 
 
 def _whole(least: int) -> Callable[[Any], bool]:

@@ -26,7 +26,7 @@ from . import checkpoints
 from .batches import by_epoch
 from .evaluation import device_of
 from .fit import fit
-from .frames import training_cost
+from .frames import printed, say, training_cost
 from .identity import described
 from .processes import agree, rank_and_world
 from .run import FitResult
@@ -58,6 +58,7 @@ def ladder(
     epochs: int | Sequence[int],
     folder: str | Path | None = None,
     on_epoch: Callable[[dict], Any] | None = None,
+    verbose: bool | None = None,
     **options: Any,
 ) -> Ladder:
     """Bring ``model`` down to each budget in turn, and keep the network of every rung.
@@ -74,6 +75,8 @@ def ladder(
         folder: where each rung's network (``rung1.safetensors``, for :func:`tcp_core.load`), the table and checkpoints
             are kept. A ladder that was stopped goes on from there.
         on_epoch: called with each row of the history.
+        verbose: whether to print a row an epoch, see :func:`tcp_core.fit`; costs are in percent of the *dense*
+            network's.
         options: further options of :func:`tcp_core.fit`, the same on every rung. A ``teacher`` is as it is now on all
             of them, also if it is ``model`` itself. ``min_width`` is a number of units, not a share, which would be one
             of the rung above.
@@ -118,12 +121,22 @@ def ladder(
     if models:
         model = copy.deepcopy(models[-1]).to(device)
 
+    silent = on_epoch is not None or options.get("on_step") is not None if verbose is None else not verbose
+    shown = not silent and rank_and_world()[0] == 0
     for rung in range(len(done), len(budgets)):
-        before = sum(epochs[:rung])
+        before, passes = sum(epochs[:rung]), epochs[rung]
 
         def numbered(row: dict, rung: int = rung, before: int = before) -> dict:
             return {"rung": rung + 1, **row, "epoch": row["epoch"] + before}
 
+        def ended(row: dict, numbered: Callable[[dict], dict] = numbered, passes: int = passes) -> None:
+            if shown:
+                say(printed(row, dense, passes, share=options.get("metric") is None))
+            if on_epoch is not None:
+                on_epoch(numbered(row))
+
+        if shown:
+            say(f"rung {rung + 1} of {len(budgets)}: {_in_words(budgets[rung])}; percentages are of the dense network")
         result = fit(
             model,
             train,
@@ -131,7 +144,8 @@ def ladder(
             budget=bounds[rung],
             epochs=epochs[rung],
             checkpoints=None if place is None else place.checkpoints(rung),
-            on_epoch=None if on_epoch is None else lambda row, numbered=numbered: on_epoch(numbered(row)),
+            on_epoch=ended,
+            verbose=verbose if verbose is False else None,  # rows are printed here, that a run goes on is said there
             **options,
         )
         model = result.model
@@ -145,7 +159,7 @@ def ladder(
     return Ladder(models, table, pd.DataFrame([row for rung in done for row in rung["history"]]))
 
 
-UNSAID = ("device", "on_step", "verbose")
+UNSAID = ("device", "on_step")
 """Options that results do not depend on."""
 
 
@@ -206,10 +220,9 @@ def _row(
 ) -> dict:
     costs = {name: value for name, value in result.report["current"].items() if name in dense}
     last = {name: history[-1][name] for name in ("train_loss", "val_loss", "val_accuracy")}
-    given = {name: f"{100 * each:.4g}%" if isinstance(each, float) else each for name, each in budget.as_dict().items()}
     return {
         "rung": rung + 1,
-        "budget": " + ".join(f"{value} {name}" for name, value in given.items()),
+        "budget": _in_words(budget),
         **costs,
         **{f"{name}_share": value / dense[name] for name, value in costs.items()},
         **last,
@@ -223,6 +236,11 @@ def _row(
         ),
         "seconds": sum(row["seconds"] for row in history),
     }
+
+
+def _in_words(budget: Budget) -> str:
+    given = {name: f"{100 * each:.4g}%" if isinstance(each, float) else each for name, each in budget.as_dict().items()}
+    return " + ".join(f"{value} {name}" for name, value in given.items())
 
 
 class _Folder:
