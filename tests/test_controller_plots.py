@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from tcp_core.study import controller_plots as cp
+from tcp_core.study import results
 from tcp_core.training import frames
 
 FIVE = (0.15, 0.25, 0.35, 0.5, 0.7)
@@ -98,7 +99,7 @@ def write_run(root, name, **metrics):
     folder.mkdir(parents=True)
     (folder / "params.json").write_text("{}")
     common = {"method": "tailored", "network": "resnet20", "seed": 0, "steps": 1000, "budget": None}
-    (folder / "metrics.json").write_text(json.dumps(common | metrics))
+    (folder / "metrics.json").write_text(json.dumps(dict.fromkeys(results.METRICS) | common | metrics))
     trajectory(0.5).drop(columns="share").to_csv(folder / "trajectory.csv", index=False)
     widths().to_csv(folder / "widths.csv", index=False)
 

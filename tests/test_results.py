@@ -129,12 +129,31 @@ def test_read_runs_gives_one_row_per_finished_run(tmp_path, history, metrics):
 def test_read_runs_says_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="No finished run"):
         results.read_runs(tmp_path / "nowhere")
+    (tmp_path / "metrics.json").write_text("")  # as a full disk leaves it
+    with pytest.raises(FileNotFoundError, match="No finished run"):
+        results.read_runs(tmp_path)
     (tmp_path / "metrics.json").write_text("{")
-    with pytest.raises(FileNotFoundError, match="no params.json"):
+    with pytest.raises(ValueError, match=r"metrics\.json is not valid JSON.* Delete .* and do that run again"):
         results.read_runs(tmp_path)
-    (tmp_path / "params.json").write_text("{}")
-    with pytest.raises(ValueError, match="not valid JSON"):
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ([], "holds a list"),
+        ({"accuracy": 0.5}, "lacks network, dataset"),
+        ({"test_accuracy": 93.0}, r"test_accuracy is 93\.0; it must be a share in \[0, 1\]"),
+        ({"val_accuracy": "0.9"}, r"val_accuracy is '0\.9'; it must be a share"),
+        ({"test_accuracy": None}, "there is no .*params.json"),
+    ],
+)
+def test_results_of_something_else_are_named(tmp_path, metrics, changed, words):
+    """`make report` reads all folders, one of which may be foreign."""
+    whole = metrics | changed if isinstance(changed, dict) and "accuracy" not in changed else changed
+    (tmp_path / "metrics.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=words) as caught:
         results.read_runs(tmp_path)
+    assert str(tmp_path / "") in str(caught.value)
 
 
 def test_environment_has_what_metrics_need(tmp_path):

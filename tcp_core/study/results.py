@@ -2,7 +2,7 @@
 
 A run writes `params.json` when it starts, its tables (`history.csv`, and for a tailored network
 `trajectory.csv` and `widths.csv`) when it ends, and `metrics.json` last and at once: a run is done
-if and only if `metrics.json` is there. Tables and figures are made from `read_runs` alone.
+if and only if `metrics.json` is there and not empty. Tables and figures are made from `read_runs` alone.
 """
 
 import json
@@ -47,7 +47,7 @@ def start_run(out: str | Path, params: Mapping, *, overwrite: bool = False) -> P
         )
     out.mkdir(parents=True, exist_ok=True)
     before = out / "params.json"
-    if not before.exists() or _read_json(before) != json.loads(json.dumps(_plain(params, "params"))):
+    if not before.exists() or read_json(before) != json.loads(json.dumps(_plain(params, "params"))):
         checkpoints.remove(out / CHECKPOINTS)
     for name in ("metrics.json", "history.csv", "trajectory.csv", "widths.csv"):
         (out / name).unlink(missing_ok=True)
@@ -95,8 +95,9 @@ def finish_run(
 
 
 def is_done(out: str | Path) -> bool:
-    """Say whether the run in folder `out` has finished."""
-    return (Path(out) / "metrics.json").exists()
+    """Say whether the run in folder `out` has finished; an empty `metrics.json`, as a full disk leaves, is none."""
+    path = Path(out) / "metrics.json"
+    return path.is_file() and path.stat().st_size > 0
 
 
 def read_widths(out: str | Path) -> dict[str, int]:
@@ -117,10 +118,11 @@ def read_runs(root: str | Path) -> pd.DataFrame:
     `run` is the run's folder relative to `root`. Metrics keep their names, nested ones are joined
     by a dot (`budget.macs`, `versions.torch`); parameters stand behind `param.` (`param.epochs`),
     because several names, `params` first of all, mean one thing as parameter and another as metric.
-    What a run does not have is missing in its row. Raises `FileNotFoundError` if nothing is there.
+    What a run does not have is missing in its row. Raises `FileNotFoundError` if nothing is there, and `ValueError`
+    with the path of a file that is damaged or not of such a run.
     """
     root = Path(root)
-    done = sorted(root.rglob("metrics.json"))
+    done = sorted(path for path in root.rglob("metrics.json") if is_done(path.parent))
     if not done:
         raise FileNotFoundError(
             f"No finished run below {root}: a run's folder has metrics.json. "
@@ -128,14 +130,40 @@ def read_runs(root: str | Path) -> pd.DataFrame:
         )
     rows = []
     for path in done:
-        params = path.with_name("params.json")
-        if not params.exists():
-            raise FileNotFoundError(f"{path.parent} has metrics.json but no params.json.")
         row = {"run": path.parent.relative_to(root).as_posix()}
-        row |= _flat(_read_json(path))
-        row |= _flat(_read_json(params), prefix="param.")
+        row |= _flat(_metrics(path))
+        row |= _flat(read_json(path.with_name("params.json")), prefix="param.")
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def read_json(path: str | Path) -> dict:
+    """Return what a JSON file of a run holds; ValueError, with its path, if it is not there or holds something else."""
+    path = Path(path)
+    todo = _what_to_do(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}, which a finished run has. {todo}") from None
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path} is not valid JSON ({error}). {todo}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not the names and values of a run. {todo}")
+    return found
+
+
+def _metrics(path):
+    """Return a run's metrics, found to be those of a run; ValueError, with the path, if they are not."""
+    metrics = read_json(path)
+    todo = _what_to_do(path)
+    if lacking := [name for name in METRICS if name not in metrics]:
+        raise ValueError(f"{path} lacks {', '.join(lacking)}, which the metrics of every run have. {todo}")
+    for name in ("test_accuracy", "val_accuracy"):
+        value = metrics[name]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= value <= 1):
+            raise ValueError(f"{path}: {name} is {value!r}; it must be a share in [0, 1], or null. {todo}")
+    return metrics
 
 
 def environment(device: str | torch.device | None = None) -> dict:
@@ -213,11 +241,8 @@ def _write_json(path, value):
     os.replace(part, path)  # atomic: whoever finds the file finds all of it
 
 
-def _read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Delete it and run again.") from error
+def _what_to_do(path):
+    return f"Delete {path.parent} and do that run again, or move it away if it is no run of this study."
 
 
 def _flat(value, prefix=""):
