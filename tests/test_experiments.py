@@ -34,7 +34,11 @@ lr: float = 0.1  # rate
 seed: int = 0  # of everything
 weights: str = ""  # start
 widths_of: str = ""  # another run
+prune_at: float = 0.0  # share
 restart: bool = False  # of the schedule
+phase_start: float = 0.0  # share
+phase_end: float = 0.0  # share
+val_images: int = 180  # held out
 size: int = 0  # side
 warmup: float = 0.05  # share
 mixing: str = "none"  # of batches
@@ -241,9 +245,7 @@ def test_a_budget_that_is_not_declared_is_none(project):
     assert runs["a/params0.5"].budget() == {"params": 0.5}
 
 
-@given(
-    st.permutations(["network: [small_resnet, resnet20]", "macs: [1, 0.5]", "seed: [0, 1]", "restart: [true, false]"])
-)
+@given(st.permutations(["network: [small_resnet, resnet20]", "macs: [1, 0.5]", "seed: [0, 1]", "fail: [true, false]"]))
 def test_keys_do_not_depend_on_the_order_of_the_file(tmp_path_factory, order):
     folder = tmp_path_factory.mktemp("order")
     (folder / "notebooks").mkdir()
@@ -254,7 +256,7 @@ def test_keys_do_not_depend_on_the_order_of_the_file(tmp_path_factory, order):
     path.write_text(f"{{data: digits, notebook: fake, experiments: {{a: {{grid: {{{', '.join(order)}}}}}}}}}")
     keys = read(path, budgets=False).runs.keys()
     assert len(keys) == 16
-    assert {"a/small_resnet-macs1-seed0-restart", "a/resnet20-macs0.5-seed1-no-restart"} <= keys
+    assert {"a/small_resnet-macs1-seed0-fail", "a/resnet20-macs0.5-seed1-no-fail"} <= keys
 
 
 def test_what_is_done_is_not_to_do_unless_its_network_is_gone_and_needed(project):
@@ -313,6 +315,27 @@ def declared(experiments="a: {grid: {macs: [0.5]}}", **changed):
         (declared(data="imagenet"), ["workers=0 given", "imagenet needs at least 1"]),
         (declared(fixed="{skip_corrupt: true}"), ["skip_corrupt=True and workers=0 given"]),
         (declared(fixed="{sync_batch_norm: true}"), ["sync_batch_norm=True and processes=1 given"]),
+        (declared(fixed="{phase_start: 0.3}"), ["a/macs0.5: phase_start=0.3 given without phase_end"]),
+        (declared(fixed="{phase_start: 0.9, phase_end: 0.1}"), ["the end must be larger than the start"]),
+        (declared(fixed="{phase_start: 1.0}"), ["fixed.phase_start: 1.0 given; it must be in [0, 1)"]),
+        (
+            declared("a: {grid: {method: taylor, macs: [0.5], phase_end: [0.3]}}"),
+            ["phase_start=0.0 and phase_end=0.3 with method taylor given; only tailored has a phase"],
+        ),
+        (declared(fixed="{prune_at: 0.5}"), ["prune_at=0.5 with method tailored given; only comparators prune"]),
+        (
+            declared("a: {grid: {method: dense, prune_at: [0.5]}}"),
+            ["prune_at=0.5 with method dense given; only comparators prune"],
+        ),
+        (
+            declared("a: {grid: {method: taylor, macs: [0.5]}}", fixed="{restart: true}"),
+            ["a/taylor-macs0.5: restart=True given without prune_at"],
+        ),
+        (
+            declared(data="cifar10", fixed="{val_images: 50000}"),
+            ["val_images=50000 given, which leaves none of the 50000 images of cifar10"],
+        ),
+        (declared(fixed="{batch_size: 2000}"), ["batch_size=2000 given, which is more than the 1257 images"]),
         (declared(fixed="{weights: published}"), ["weights: there are none published for small_resnet"]),
         (
             declared(fixed="{network: resnet2}"),
@@ -395,6 +418,7 @@ def test_a_declaration_that_is_no_text(project):
 def test_all_problems_are_told_at_once(project):
     text = declared("a: {grid: {sed: 1, macs: 2}}, b: {grid: {method: tailord}}", fixed="{lr: fast}")
     assert len(problems(project(text))) == 4
+    assert len(problems(project(f"{text}\nfixd: {{seed: 1}}"))) == 5
 
 
 def test_a_problem_of_many_runs_is_told_once(project):
@@ -510,6 +534,44 @@ def test_results_of_something_else_are_refused(project, changed, words):
     assert read(project(), runs=project().parent / "elsewhere")
 
 
+def test_a_value_that_is_no_longer_declared_is_told(project):
+    run = read(project()).runs["scratch/macs0.5"]
+    finished(run, lr=0.3)
+    assert "lr is not declared, so 0.1, and 0.3 in the finished run's params.json" in problems(project())[0]
+    finished(run, lr=0.1, workers=2, phase_start=0.02, phase_end=0.15)  # the phase was the default once
+    assert "scratch/macs0.5" not in read(project()).todo()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("metrics.json", '{"a": ', "is not valid JSON"),
+        ("metrics.json", "[]", "holds a list"),
+        ("params.json", "{", "is not valid JSON"),
+        ("params.json", None, "there is no"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["check", "list", "status"])
+def test_damaged_results_are_named(project, name, text, words, asked):
+    run = read(project()).runs["scratch/macs0.5"]
+    finished(run)
+    (run.folder / name).unlink() if text is None else (run.folder / name).write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        experiments.main([asked, str(project())])
+    told = ended.value.code
+    assert words in told
+    assert str(run.folder / name) in told
+    assert f"Delete {run.folder}" in told
+
+
+def test_a_run_whose_metrics_are_empty_is_not_done(project, capsys):
+    run = read(project()).runs["scratch/macs0.5"]
+    finished(run)
+    (run.folder / "metrics.json").write_text("")
+    experiments.main(["list", str(project())])
+    assert "left     scratch/macs0.5\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["cifar10-paper", "imagenet-paper", "tiny-imagenet-cpu"])
 def test_committed_declarations_are_right(name, monkeypatch):
     monkeypatch.delenv("IMAGENET_ROOT", raising=False)
@@ -563,7 +625,7 @@ def test_one_run(project, tmp_path, capsys):
     assert "epoch 2" in (executed / "macs0.5.ipynb").read_text()
     assert not (tmp_path / "build/runs/small" / key / ".lock").exists()
     experiments.main(["run", str(project()), key])
-    assert "by another process" in capsys.readouterr().out
+    assert f"done     {key} already; to do it again, delete " in capsys.readouterr().out
     assert (tmp_path / "build/runs/small/scratch/began.txt").read_text().split() == ["macs0.5"]
 
 

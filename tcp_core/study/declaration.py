@@ -1,7 +1,6 @@
 """A declaration that was found right, and the runs that it stands for; `reading` makes it of a YAML file."""
 
 import fcntl
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ PLACES = {"data": "the key `data` of the declaration and DATA=...", "out": "RUNS
 HOW = ("checkpoint_every", "workers", "tensorboard")  # results do not depend on them and do not record them
 NETWORK, WIDTHS, LOCK = "network.safetensors", "widths.csv", ".lock"
 STARTS = ("weights", "widths_of")  # parameters that may name another run
+FORMER = {"phase_start": 0.02, "phase_end": 0.15}  # defaults that the run notebook had when committed runs were made
 
 
 class DeclarationError(ValueError):
@@ -61,9 +61,17 @@ class Run:
         return {name: self.values[name] for name in BUDGETS if self.values.get(name)}
 
     def disagreements(self) -> list[str]:
-        """Say in what its finished results differ from what is declared; places of other machines do not count."""
-        recorded = json.loads((self.folder / "params.json").read_text(encoding="utf-8"))
+        """Say in what its finished results differ from what is declared; places of other machines do not count.
+
+        What is not declared has the notebook's default, or had the one of then.
+        """
+        try:
+            results.read_json(self.folder / "metrics.json")
+            recorded = results.read_json(self.folder / "params.json")
+        except ValueError as error:
+            return [str(error)]
         faults = []
+        todo = "rename or delete that folder, or choose another place with RUNS=..."
         for name, value in self.declared.items():
             if name in HOW:
                 continue
@@ -74,7 +82,14 @@ class Run:
             if there != value:
                 faults.append(
                     f"{self.folder}: {name} is {value!r} in the declaration and {there!r} in the finished run's "
-                    "params.json; rename or delete that folder, or choose another place with RUNS=..."
+                    f"params.json; {todo}"
+                )
+        for name, value in self.values.items():
+            there = recorded.get(name, value)
+            if name not in (*self.declared, *HOW) and there not in (value, FORMER.get(name, value)):
+                faults.append(
+                    f"{self.folder}: {name} is not declared, so {value!r}, and {there!r} in the finished run's "
+                    f"params.json; declare it, or {todo}"
                 )
         return faults
 

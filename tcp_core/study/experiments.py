@@ -6,7 +6,6 @@ declarations themselves are read by `tcp_core.study.reading`.
 
 import argparse
 import fcntl
-import json
 import os
 import re
 import shlex
@@ -27,7 +26,7 @@ from ..training.evaluation import slow_here
 from . import estimate
 from .declaration import LOCK, Declaration, DeclarationError, Run, path_of
 from .reading import read
-from .results import CHECKPOINTS
+from .results import CHECKPOINTS, read_json
 
 
 def execute(declaration: Declaration, key: str, *, cores: int = 1, before: float = 0.0) -> None:
@@ -42,10 +41,11 @@ def execute(declaration: Declaration, key: str, *, cores: int = 1, before: float
     notebook = declaration.executed / f"{key}.ipynb"
     log = notebook.with_suffix(".log")
     notebook.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(run) as lock:
+    with _locked(run) as (lock, waited):
         if key not in declaration.todo():
+            how = " (by another process)" if waited else f" already; to do it again, delete {run.folder}"
             skipped = declaration.skipped.get(key)
-            print(f"skipped  {key}: {skipped}" if skipped else f"done     {key} (by another process)", flush=True)
+            print(f"skipped  {key}: {skipped}" if skipped else f"done     {key}{how}", flush=True)
             return
         print(f"start    {key}   log: {log}", flush=True)
         started, resumed = time.perf_counter(), (run.folder / CHECKPOINTS).exists()
@@ -73,16 +73,18 @@ def execute(declaration: Declaration, key: str, *, cores: int = 1, before: float
 
 
 @contextmanager
-def _locked(run: Run) -> Iterator[int]:
-    """Hold the run's lock; gives its file descriptor."""
+def _locked(run: Run) -> Iterator[tuple[int, bool]]:
+    """Hold the run's lock; gives its file descriptor, and whether another process had it first."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with open(run.folder / LOCK, "a") as file:
+        waited = False
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            waited = True
             print(f"wait     {run.key}: another process executes it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
+        yield file.fileno(), waited
 
 
 def _kernel_of(lock: int, log: TextIO) -> type[AsyncKernelManager]:
@@ -174,7 +176,7 @@ def _time_left(declaration: Declaration, runs: Sequence[Run], cores: int) -> str
 
 def _seconds(declaration: Declaration, run: Run) -> tuple[float | None, float | None]:
     """Return how long a finished run trained, and how long it took by the clock, None where it is not known."""
-    training = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8")).get("seconds_train")
+    training = read_json(run.folder / "metrics.json").get("seconds_train")
     file = declaration.executed / f"{run.key}.seconds"
     return training, float(file.read_text(encoding="utf-8")) if file.is_file() else None
 

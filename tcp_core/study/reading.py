@@ -22,7 +22,7 @@ from ..controller import Controller
 from ..datasets import images
 from ..tracing import trace
 from ..training import batches, evaluation
-from . import comparators, places
+from . import comparators, contradictions, places
 from .declaration import BUDGETS, NETWORK, PLACES, STARTS, Declaration, DeclarationError, Run, path_of, project_of
 
 ALLOWED = {
@@ -32,8 +32,10 @@ ALLOWED = {
     "mixing": tuple(batches.MIXING),
 }
 RANGES = {
-    **dict.fromkeys(("macs", "params"), ("in [0, 1]", lambda value: 0 <= value <= 1)),
-    **dict.fromkeys(("warmup", "label_smoothing", "prune_at"), ("in [0, 1)", lambda value: 0 <= value < 1)),
+    **dict.fromkeys(("macs", "params", "phase_end"), ("in [0, 1]", lambda value: 0 <= value <= 1)),
+    **dict.fromkeys(
+        ("warmup", "label_smoothing", "prune_at", "phase_start"), ("in [0, 1)", lambda value: 0 <= value < 1)
+    ),
     **dict.fromkeys(("epochs", "batch_size", "accumulate", "processes"), ("at least 1", lambda value: value >= 1)),
     **dict.fromkeys(
         ("lr", "weight_decay", "size", "val_images", "seed", "threads", "workers", "checkpoint_every", "multiple"),
@@ -136,12 +138,15 @@ class _Reader:
         content = content if isinstance(content, dict) else {}
         for key in content.keys() - types.keys():
             self.say(key, f"unknown key{_nearest(key, types)}; allowed are {', '.join(types)}")
+        unusable = False  # an unknown key keeps nothing from being read, and is told with what is found there
         for key, kind in types.items():
             if key in content or key != "fixed":
                 given = content.get(key)
                 if not isinstance(given, kind) or not (given or key == "fixed"):
                     self.say(key, f"{given!r} given; a {'mapping' if kind is dict else 'text'} is needed")
-        self.stop()
+                    unusable = True
+        if unusable:
+            self.stop()
         return content
 
     def parameters(self) -> dict:
@@ -157,7 +162,6 @@ class _Reader:
         found = {line.target.id: ast.literal_eval(line.value) for line in lines if isinstance(line, ast.AnnAssign)}
         for name in PLACES.keys() - found.keys():
             self.say("notebook", f"{self.notebook} lacks the parameter {name!r}, which every run is given")
-        self.stop()
         return found
 
     def values(self, where: str, given, *, lists: bool = False) -> dict:
@@ -254,10 +258,7 @@ class _Reader:
 
     def check(self, run: Run, runs: dict[str, Run]) -> None:
         """Collect what is wrong with a run beside its single values."""
-        if {"method", *BUDGETS} <= run.values.keys() and (run.values["method"] == "dense") == bool(run.budget()):
-            given = f"method {run.values['method']} with {run.budget() or 'no budget'} given"
-            self.say(run.key, f"{given}; dense takes no macs and params, every other method one of them or both")
-        for text in self.contradictions(run.values):
+        for text in (*contradictions.of(run.values), *self.of_the_data(run.values)):
             self.say(run.key, text)
         name = "widths_of" if run.declared.get("widths_of") else "weights"
         start, seen = run, set()
@@ -291,25 +292,24 @@ class _Reader:
             except ImportError as error:  # an outside peer is optional
                 self.skipped[run.key] = str(error)
 
-    def contradictions(self, values: dict) -> Iterator[str]:
-        """Yield what does not go together in a run's values."""
-        workers, network = values.get("workers"), values.get("network", "")
+    def of_the_data(self, values: dict) -> Iterator[str]:
+        """Yield what in a run's values does not go together with the data."""
+        workers = values.get("workers")
         if workers and self.data in ("digits", "cifar10"):
             yield f"workers={workers} given, which decode the images of a folder; {self.data} needs 0"
         elif workers and not values.get("size") and self.data not in places.KNOWN:
             yield f"workers={workers} and size=0 given; images that are decoded while training need a size, such as 224"
         if workers == 0 and self.data == "imagenet":
             yield "workers=0 given, which holds all images in memory; imagenet needs at least 1"
-        if workers == 0 and values.get("skip_corrupt"):
-            yield "skip_corrupt=True and workers=0 given; images held in memory must all be readable, or give workers"
-        if values.get("sync_batch_norm") and values.get("processes") == 1:
-            yield "sync_batch_norm=True and processes=1 given; one process has nothing to synchronise with"
-        if values.get("widths_of") and values.get("method") != "small":
-            yield f"widths_of and method {values.get('method')} given; only small takes the widths of another run"
-        if values.get("widths_of") and values.get("weights"):
-            yield "widths_of and weights given; a network with the widths of another run starts with fresh weights"
-        if values.get("weights") == "published" and not network.startswith("imagenet_"):
-            yield f"weights: there are none published for {network}, but for the networks imagenet_*"
+        images = places.KNOWN.get(self.data, places.Facts()).images  # those of a folder are counted as it is read
+        if images is None:
+            return
+        # digits have a validation part of their own
+        held_out = 0 if self.data == "digits" else values.get("val_images", 0)
+        if held_out >= images:
+            yield f"val_images={held_out} given, which leaves none of the {images} images of {self.data} to train on"
+        elif (batch := values.get("batch_size", 1)) > images - held_out:
+            yield f"batch_size={batch} given, which is more than the {images - held_out} images there are to train on"
 
     def missing(self, todo: dict[str, Run]) -> list[str]:
         """Return what is not at hand for the runs to do; a place that was given and is wrong is a problem."""
