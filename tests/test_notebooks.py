@@ -10,6 +10,8 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
+import tcp_core as tcp
+
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 
@@ -47,6 +49,58 @@ def test_running_every_cell_twice_changes_nothing(tmp_path, monkeypatch):
         assert (once / name).read_bytes() == (twice / name).read_bytes()
     test_accuracy = [json.loads((out / "metrics.json").read_text())["test_accuracy"] for out in (once, twice)]
     assert test_accuracy[0] == test_accuracy[1]
+
+
+@pytest.fixture
+def cells(monkeypatch):
+    """Return a function that executes the first cells of a notebook here, and gives its names."""
+    monkeypatch.chdir(NOTEBOOKS)
+    monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)
+
+    def execute(name, count=None, **parameters):
+        given = {"__name__": "__main__"}
+        for source in sources(name, **parameters)[:count]:
+            exec(compile(source, name, "exec"), given)
+        return given
+
+    return execute
+
+
+def test_a_dense_run_needs_no_word_on_budgets(cells, tmp_path):
+    cells("10_run.ipynb", method="dense", epochs=1, out=str(tmp_path))
+    assert json.loads((tmp_path / "metrics.json").read_text())["budget"] is None
+    given = json.loads((tmp_path / "params.json").read_text())
+    assert (given["macs"], given["params"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"phase_start": 0.3}, "phase_start=0.3 given without phase_end"),
+        ({"macs": 0.0}, "method tailored with no budget"),
+        ({"prune_at": 0.5}, "only comparators prune"),
+        ({"method": "taylor", "restart": True}, "restart=True given without prune_at"),
+        ({"skip_corrupt": True}, "skip_corrupt=True and workers=0"),
+        ({"method": "fixed_strength"}, "fixed_strength needs"),
+    ],
+)
+def test_a_run_with_contradictions_is_refused_in_its_first_cell(cells, given, words):
+    with pytest.raises((AssertionError, ValueError), match=words):
+        cells("10_run.ipynb", 2, **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "budgets", "words"),
+    [
+        ("40_controller.ipynb", "0.7 0.001", "floor"),
+        ("60_curve.ipynb", "0.6 0.001", "floor"),
+        ("60_curve.ipynb", "0.3 0.6", "largest down"),
+    ],
+)
+def test_budgets_are_refused_before_any_training(cells, monkeypatch, name, budgets, words):
+    monkeypatch.setattr(tcp, "fit", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises((AssertionError, tcp.BudgetError), match=words):
+        cells(name, budgets=budgets)
 
 
 @pytest.mark.slow
