@@ -184,6 +184,18 @@ def test_the_same_run_twice_is_one_seed(monkeypatch):
     assert list(table["accuracy"]) == pytest.approx([85])
 
 
+def test_the_same_run_twice_with_other_results_is_warned_of(monkeypatch):
+    """An old copy in a folder of runs would be averaged in, and its row looks like any other."""
+    study = study_of(monkeypatch, run(), run(run="d/old/k", test_accuracy=0.1), run(seed=1, test_accuracy=0.8))
+    words = r"^d/e/k \(90\.00 %\) and d/old/k \(10\.00 %\) are runs of the same method"
+    with pytest.warns(UserWarning, match=words):
+        table = tables.accuracy(study)
+    assert list(table["n"]) == [2]
+    assert tables.repeated(study)[0].endswith("move those away that are not meant")
+    searched = study_of(monkeypatch, run(run="d/search_x/k"), run(run="d/search_y/k", test_accuracy=0.1))
+    assert tables.repeated(searched) == []
+
+
 def test_every_parameter_of_the_run_notebook_has_its_place():
     places = (tables.NAMED, tables.RECIPE, tables.IF_CHANGED, tables.OF_COMPARATORS, tables.OF_CONTROLLER)
     places = (*places, tables.OF_BOTH, tables.SAYS_NOTHING)

@@ -10,6 +10,7 @@ rows of a group is the method. Seed, threads and output folder say nothing about
 import ast
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -76,8 +77,11 @@ def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
     """Return mean and standard deviation over seeds for each `KEY`, beside the dense network of the same `GROUP`.
 
     `n` is the number of seeds; `sd` (of a sample, n - 1) is missing for one. Several runs with the same key and seed
-    count as one, their mean. `seconds_of_dense` is missing where the two did not run on the same kind of machine.
+    count as one, their mean, with a warning if their accuracies differ. `seconds_of_dense` is missing where the two did
+    not run on the same kind of machine.
     """
+    for text in repeated(runs):
+        warnings.warn(text, stacklevel=2)
     runs = runs[~runs["searched"]]
     numbers = ["accuracy", *COSTS, *_each("requested"), *_each("before"), "utilisation", "training_cost", "seconds"]
     seeds = runs.groupby([*KEY, "seed"], dropna=False).agg(dict.fromkeys(numbers, "mean") | {"machine": _texts})
@@ -95,6 +99,22 @@ def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
     relative = relative.where(table["machine"] == beside["machine"])
     table.insert(list(table).index("machine"), "seconds_of_dense", relative)
     return _in_order(table)
+
+
+def repeated(runs: pd.DataFrame) -> list[str]:
+    """Return, for each key and seed of several runs that do not agree, which they are; empty if there are none.
+
+    Two studies may share a run, done twice with the same result. An old copy of another one is in the way.
+    """
+    said = []
+    for _, rows in runs[~runs["searched"]].groupby([*KEY, "seed"], dropna=False, sort=False):
+        if rows["accuracy"].nunique(dropna=False) > 1:
+            each = [f"{run} ({number(share, 2)} %)" for run, share in zip(rows["run"], rows["accuracy"], strict=True)]
+            said.append(
+                f"{', '.join(each[:-1])} and {each[-1]} are runs of the same method, budget, recipe and seed with "
+                "different test accuracies, and count as one, their mean; move those away that are not meant"
+            )
+    return said
 
 
 def overview(table: pd.DataFrame) -> pd.DataFrame:
