@@ -1,5 +1,6 @@
 """The report: tables by hand, same bytes each time, and nothing compared that does not belong together."""
 
+import itertools
 import json
 import subprocess
 from pathlib import Path
@@ -357,6 +358,50 @@ def test_names_at_the_right_do_not_overlap(study):
     )
     assert len(boxes) == 9
     assert all(below.y1 < above.y0 + 3 for below, above in zip(boxes, boxes[1:], strict=False))
+
+
+def test_a_method_that_ends_early_is_named_at_its_end(monkeypatch):
+    """A line from its point to the right margin would look like its curve, and best of all at the right."""
+    rows = [run(test_accuracy=0.8), run(test_accuracy=0.7, macs=99, **{"budget.macs": 0.1}), run(**DENSE)]
+    rows += [run(method="taylor", test_accuracy=0.82), run(method="torch_pruning", test_accuracy=0.81)]
+    rows += [run(method="uniform_l1", test_accuracy=0.6, macs=99, **{"budget.macs": 0.1})]
+    rows += [run(method="random", test_accuracy=None)]  # the test images were not read
+    axes = study_plots.pareto_figure(tables.accuracy(study_of(monkeypatch, *rows))).axes[0]
+    names = {text.get_text(): text for text in axes.texts}
+    point = axes.transData.transform((49.9, 81))
+    for name in ("Torch-Pruning 81.0", "Taylor, one-shot 82.0"):
+        box = names[name].get_window_extent()
+        assert axes.bbox.x0 < box.x0 < box.x1 < axes.bbox.x1
+        assert abs(box.y0 + box.y1 - 2 * point[1]) / 2 < 0.2 * axes.bbox.height
+        assert max(box.x0 - point[0], point[0] - box.x1) < 0.1 * axes.bbox.width
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    lines = [text for text in axes.texts if getattr(text, "arrow_patch", None)]
+    assert {line.arrow_patch.get_edgecolor() for line in lines} == {mpl.colors.to_rgba(study_plots.LEADER["color"])}
+    assert all(line.xy[0] == pytest.approx(9.9) for line in lines if line.get_text())
+
+
+def test_bars_of_differences_are_drawn_to_their_ends(monkeypatch):
+    """One that the axis cuts looks as if it went to the other side alone."""
+    rows = [run(seed=seed, test_accuracy=value) for seed, value in enumerate((0.90, 0.92))]
+    rows += [run(seed=seed, test_accuracy=value, method="taylor") for seed, value in enumerate((0.88, 0.94))]
+    rows += [run(seed=seed, test_accuracy=value, method="random") for seed, value in enumerate((0.20, 0.21))]
+    for name in ("uniform_l1", "global_l1", "slimming"):
+        rows += [run(seed=seed, test_accuracy=0.905, method=name) for seed in (0, 1)]
+    axes = study_plots.difference_figure(tables.differences(tables.accuracy(study_of(monkeypatch, *rows)))).axes[0]
+    low, high = axes.get_xlim()
+    bars = [path.vertices[:, 0] for bar in axes.collections for path in bar.get_paths()]
+    assert len(bars) == 4  # all but that of a method which is 70 points off
+    assert all(low < ends.min() < ends.max() < high for ends in bars)
+    assert high < 35
+
+
+def test_the_widest_layer_is_named(tmp_path, monkeypatch):
+    layers = pd.DataFrame({"layer": [f"layer{index}" for index in range(60)], "dense": 8, "tailored": 4})
+    layers.loc[51, "dense"] = 64
+    layers.to_csv(tmp_path / "widths.csv", index=False)
+    figure = study_plots.widths_figure(tmp_path, study_of(monkeypatch, run(run=".")))
+    assert "layer51" in [label.get_text() for label in figure.axes[-1].get_xticklabels()]
 
 
 def test_groups_that_differ_in_recipe_alone_have_two_names(monkeypatch):

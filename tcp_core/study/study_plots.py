@@ -5,6 +5,7 @@ point is the mean over seeds, a bar its standard deviation or standard error as 
 Marks are named where they stand rather than in a legend.
 """
 
+import itertools
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -36,6 +37,9 @@ LOOK = {
     "random": ("#A3A3A3", "*"),
 }
 OTHER = ("#A3A3A3", "h")
+SIDES = np.array([-1, 1])
+LEADER = {"arrowstyle": "-", "color": "#8A8A8A", "lw": 0.7, "linestyle": (0, (1, 2)), "shrinkA": 1, "shrinkB": 4}
+"""From a name to its point: grey and dotted, so that it cannot be taken for a curve that goes on."""
 
 
 def groups(table: pd.DataFrame, *, by_length: bool = True) -> dict[str, pd.DataFrame]:
@@ -68,7 +72,7 @@ def pareto_figure(table: pd.DataFrame) -> Figure:
     with style():
         left = sorted({float(name.split()[0]) for name in table["budget"] if name != "dense"}, reverse=True)
         fig, axes = plt.subplots(figsize=(8.4, 4.9 if len(left) > 1 else 3.9))
-        labels = []
+        labels, inside = [], []
         for (method, options), rows in reversed(lines):
             color, marker = LOOK.get(method, OTHER)
             ours = method == "tailored"
@@ -77,7 +81,10 @@ def pareto_figure(table: pd.DataFrame) -> Figure:
             axes.errorbar(x, y, rows["sd"].fillna(0), color=color, marker=marker, elinewidth=1.2, capsize=2.5, **look)
             several = sum(other == method for (other, _), _ in lines) > 1  # then options tell them apart
             text = f"{_method(method, options if several else '')} {number(y.iloc[-1], 1)}"
-            labels.append((x.iloc[-1], y.iloc[-1], text, color, "bold" if ours else "normal"))
+            to_the_end = float(rows["budget"].iloc[-1].split()[0]) == left[-1]
+            (labels if to_the_end else inside).append(
+                (x.iloc[-1], y.iloc[-1], text, color, "bold" if ours else "normal")
+            )
         for _, row in dense.iterrows():
             axes.axhline(row["accuracy"], color=TEXT_GREY, linestyle=DOTS, linewidth=1.2)
             axes.errorbar(row["macs"], row["accuracy"], np.nan_to_num(row["sd"]), color=TEXT_GREY, marker="D", ms=6.5)
@@ -91,6 +98,7 @@ def pareto_figure(table: pd.DataFrame) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="macs left, % of dense (smaller networks to the right)", ylabel="test accuracy, %")
         _name_right(axes, labels)
+        _name_inside(axes, inside)
         return _titled(fig, "Accuracy against cost", f"{where}; {_bars(table)}")
 
 
@@ -171,7 +179,8 @@ def difference_figure(pairs: pd.DataFrame, *, goals: bool = True) -> Figure:
     options = pairs["options_rival"].where(several, "")
     names = [_method(*name) for name in zip(pairs["rival"], options, strict=True)]
     rows = list(dict.fromkeys(names))
-    reach = max(1.0, 1.25 * pairs["difference"].abs().quantile(0.8))  # one far-off method must not squeeze the others
+    far, bars = pairs["difference"].abs(), pairs["se"].fillna(0)
+    reach = _reach(far, bars)
     with style():
         size = (8.4, 1.55 + 0.31 * len(rows))
         fig, panels = plt.subplots(1, len(budgets), figsize=size, sharex=True, sharey=True, squeeze=False)
@@ -196,7 +205,7 @@ def difference_figure(pairs: pd.DataFrame, *, goals: bool = True) -> Figure:
             axes.set_title(budget, fontsize=10)
             axes.grid(visible=False, axis="y")
             axes.tick_params(axis="y", length=0)
-        low = min(0, pairs["difference"].min()) - 0.12 * reach
+        low = min(0, (pairs["difference"] - bars).min()) - 0.12 * reach
         axes.set(xlim=(max(low, -1.12 * reach), 1.12 * reach), ylim=(len(rows) - 0.4, -0.6))
         axes.set_yticks(range(len(rows)), rows)
         dotted = "; dotted: goal" * goals
@@ -205,6 +214,19 @@ def difference_figure(pairs: pd.DataFrame, *, goals: bool = True) -> Figure:
             fontsize=9,
         )
         return _titled(fig, "Ours against each comparator: right of the line, ours is better", _where(pairs))
+
+
+def _reach(far, bars):
+    """Return how far the axis of differences goes: to the end of every bar, but of methods that are far off.
+
+    One of these must not squeeze the others: its bar ends beyond twice what four of five points need.
+    """
+    least = max(1.0, 1.25 * far.quantile(0.8))
+    reach, before = least, 0.0
+    while reach > before:  # whoever is within it has its bar drawn to the end
+        drawn = (far + bars <= 2 * least) | (far <= reach)
+        reach, before = max(reach, (far + bars)[drawn].max()), reach
+    return reach
 
 
 def utilisation_figure(delivered: pd.DataFrame) -> Figure:
@@ -303,7 +325,9 @@ def widths_figure(root: str | Path, runs: pd.DataFrame) -> Figure:
             axes.grid(visible=False, axis="x")
             axes.tick_params(axis="x", rotation=90, labelsize=7.5, length=0)
         every = -(-len(widths) // 48)  # more names than that would run into each other
-        axes.set_xticks(at[::every], widths.index[::every])
+        widest = np.flatnonzero(widths["dense"] == widths["dense"].max())
+        named = slice((widest % every).min(), None, every)  # one of the widest layers among them
+        axes.set_xticks(at[named], widths.index[named])
         axes.set(xlim=(-0.8, len(widths) - 0.2), xlabel="layer, input to output")
         fig.supylabel("output channels", fontsize=10)
         panels[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0)
@@ -362,7 +386,10 @@ def _titled(fig, title, below):
 
 
 def _name_right(axes, labels):
-    """Write each (x, y, text, color, weight) right of the axes, apart from the others, with a line to its point."""
+    """Write each (x, y, text, color, weight) right of the axes, apart from the others, with a line to its point.
+
+    The points are the last ones on the axis: lines from others would cross what stands further right.
+    """
     if not labels:
         return
     axes.figure.draw_without_rendering()  # the layout must stand before heights can be told
@@ -374,6 +401,43 @@ def _name_right(axes, labels):
     for height, (x, y, text, color, weight) in zip(heights, labels, strict=True):
         axes.annotate(
             text, (x, y), (1.03, height), textcoords=("axes fraction", "data"), va="center", color=color,
-            fontsize=9, weight=weight,
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkA": 1, "shrinkB": 4},
+            fontsize=9, weight=weight, arrowprops=LEADER,
         )  # fmt: skip
+
+
+def _name_inside(axes, labels):
+    """Write each (x, y, text, color, weight) near its point within the axes, where it covers no curve and no name."""
+    labels = [label for label in labels if np.isfinite(label[1])]  # a run may not have read the test images
+    if not labels:
+        return
+    axes.figure.draw_without_rendering()  # as above
+    names = [name.get_window_extent() for name in axes.texts]
+    lines = [line.get_transform().transform(line.get_xydata()) for line in axes.lines]
+    lines += [
+        axes.transData.transform(path.vertices) for bars in axes.collections for path in bars.get_paths()
+    ]  # of the standard deviations
+    pieces = [np.linspace(*ends, 100) for line in lines for ends in itertools.pairwise(line)]
+    taken = np.concatenate([*lines, *pieces, *(_grid(name.x0, name.x1, name.y0, name.y1) for name in names)])
+    edge, point = axes.get_window_extent(), axes.figure.dpi / 72
+    for x, y, text, color, weight in labels:
+        at = axes.transData.transform((x, y))
+        name = axes.text(x, y, text, color=color, fontsize=9, weight=weight, ha="center", va="center")
+        box = name.get_window_extent()
+        half = np.array([box.width, box.height]) / 2
+        away = _grid(-130, 130, -130, 130, 40) * point
+        away = away[(np.abs(at + away - (edge.min + edge.max) / 2) + half <= edge.size / 2).all(axis=1)]
+        covered = (np.abs(taken - at - away[:, None]) < half + 3 * point).all(axis=2).sum(axis=1)
+        gap = np.maximum(np.abs(away) - half, 0)  # from the point to the name's edge
+        far = np.hypot(*gap.T) + 0.05 * np.hypot(*away.T)  # of places as near, the middle one
+        best = np.lexsort((far, covered))[0]
+        middle = at + away[best]
+        name.set_position(axes.transData.inverted().transform(middle))
+        taken = np.concatenate([taken, _grid(*(middle[0] + half[0] * SIDES), *(middle[1] + half[1] * SIDES))])
+        if np.hypot(*gap[best]) > 10 * point:
+            start = axes.transData.inverted().transform(np.clip(at, middle - half, middle + half))
+            axes.annotate("", (x, y), start, arrowprops=LEADER)
+
+
+def _grid(left, right, low, high, count=5):
+    """Return points over a rectangle, ``[count * count, 2]``."""
+    return np.stack(np.meshgrid(np.linspace(left, right, count), np.linspace(low, high, count)), -1).reshape(-1, 2)
