@@ -139,13 +139,17 @@ def cut_optimizer(cuts: Cuts, optimizer: torch.optim.Optimizer, kept: Mapping[in
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         return _cut_lbfgs(cuts, optimizer, kept)
+    of_dimensions = _of_dimensions(optimizer)
     for parameter in held(optimizer):
         state = optimizer.state.get(parameter)
         if not state or all(index is None for index in kept.get(id(parameter), ())):
             continue
         own, strange = Cuts(), []
         for key, value in state_tensors(state):
-            smaller = cut_value(key, value, parameter.shape, kept[id(parameter)])
+            by_chance = key in of_dimensions and _square(value) and value.shape == parameter.shape
+            smaller = None if by_chance else cut_value(key, value, parameter.shape, kept[id(parameter)])
+            if smaller is None and tuple(value.shape) == left(parameter, kept[id(parameter)]):
+                continue  # it was loaded before the network became smaller, from a run in which it was
             if smaller is None:
                 strange.append(f"{key.lstrip('.')} of shape {tuple(value.shape)}")
             elif smaller is not value:
@@ -161,6 +165,30 @@ def cut_optimizer(cuts: Cuts, optimizer: torch.optim.Optimizer, kept: Mapping[in
             cuts.set(optimizer.state, parameter, {})
         else:
             cuts.tensors.update(own.tensors)
+
+
+def _of_dimensions(optimizer: torch.optim.Optimizer) -> set[str]:
+    """Return which of an optimiser's tensors, by path, belong to a dimension of a parameter rather than to its entries.
+
+    Preconditioners (Shampoo, Kron) keep a square matrix for each dimension, and that of a square weight has its shape
+    by chance. So a path is not of entries if there is a square matrix in it for a parameter of another shape, and a
+    list of square matrices is not where a square weight is all there is to go by.
+    """
+    found = set()
+    for parameter in held(optimizer):
+        for key, value in state_tensors(optimizer.state.get(parameter) or {}):
+            if _square(value) and (value.shape != parameter.shape or key.rpartition(".")[2].isdigit()):
+                found.add(key)
+    return found
+
+
+def _square(tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
+
+
+def left(tensor: Tensor, kept: Kept) -> tuple[int, ...]:
+    """Return the shape that is left of a tensor."""
+    return tuple(size if index is None else len(index) for size, index in zip(tensor.shape, kept, strict=True))
 
 
 def _cut_lbfgs(cuts: Cuts, optimizer: torch.optim.LBFGS, kept: Mapping[int, Kept]) -> None:

@@ -118,6 +118,9 @@ class Controller:
             self._resolve()
             if all(bound >= self.floor[name] for name, bound in self.bounds.items()):
                 break
+        room = {name: bound - self.dense[name] for name, bound in self.bounds.items()}
+        if min(room.values()) >= 0 and max(room.values()) > 0:
+            warnings.warn(complaints.above_dense(self), RuntimeWarning, stacklevel=3)
         if not isinstance(maturity, (int, float)) or not 0 <= maturity <= 1:
             raise ValueError(f"maturity={maturity!r}; it must be a number from 0 (a fresh network) to 1 (trained).")
         self.placed = isinstance(phase, str) and phase == "auto"
@@ -125,7 +128,7 @@ class Controller:
             raise ValueError(f"steps={steps!r}; it must be an int, the number of optimiser steps of the whole run.")
         if self.placed:
             phase = phase_of(maturity, steps)
-        self._check(channels, steps, phase, lookahead, ramp)
+        self._check(channels, phase, lookahead, ramp)
         self.steps, self.shares = steps, (lookahead, ramp)
         self._place(phase, maturity)
         self.strength = self.base_strength
@@ -152,8 +155,24 @@ class Controller:
         multiple = self.multiples[-1] if self.latency is None else self.multiple
         self.floor = self.cost_model.exact(required_units(self.channels, self.min_width, multiple))
 
+    def begin_with(self, maturity: float) -> None:
+        """Begin with a network that is trained so far, where that is known only after construction.
+
+        Raises:
+            ValueError: if steps are too few for where the phase lies then.
+        """
+        self._place(phase_of(maturity, self.steps) if self.placed else self.phase, maturity)
+        self.strength = self.base_strength
+
     def _place(self, phase: tuple[float, float], maturity: float) -> None:
         """Set all that follows from where the phase lies and how far the network was trained at the start."""
+        needed = math.ceil(MIN_PHASE_STEPS / (phase[1] - phase[0]))
+        if self.steps < needed:
+            raise ValueError(
+                f"steps={self.steps} is too short: the pruning phase is {phase[1] - phase[0]:.0%} of the run and needs "
+                f"{MIN_PHASE_STEPS} steps. Give the number of optimiser steps of the whole run (epochs x batches), at "
+                f"least {needed}, or widen phase."
+            )
         self.phase, self.maturity = tuple(phase), float(maturity)
         self.start, self.end = (round(share * self.steps) for share in phase)
         length, (lookahead, ramp) = self.end - self.start, self.shares
@@ -163,7 +182,7 @@ class Controller:
         self.base_strength = 1.001 / self.lookahead  # closes a gate within the look-ahead, rounding included
         self.trust = KEEP * self.maturity * min(1.0, self.start / KEEP_STEPS)
 
-    def _check(self, channels: Channels, steps: int, phase, lookahead: float, ramp: float) -> None:
+    def _check(self, channels: Channels, phase, lookahead: float, ramp: float) -> None:
         if not channels.prunable.any():
             raise ValueError(complaints.nothing_prunable(channels))
         pair = isinstance(phase, (tuple, list)) and len(phase) == 2
@@ -171,13 +190,6 @@ class Controller:
             raise ValueError(
                 f'phase must be "auto" or two rising shares of the run in [0, 1], lookahead in (0, 1) and ramp in '
                 f"(0, 1]; got {phase!r}, {lookahead}, {ramp}."
-            )
-        needed = math.ceil(MIN_PHASE_STEPS / (phase[1] - phase[0]))
-        if steps < needed:
-            raise ValueError(
-                f"steps={steps} is too short: the pruning phase is {phase[1] - phase[0]:.0%} of the run and needs "
-                f"{MIN_PHASE_STEPS} steps. Give the number of optimiser steps of the whole run (epochs x batches), at "
-                f"least {needed}, or widen phase."
             )
         for name, bound in self.bounds.items():
             if bound < self.floor[name]:

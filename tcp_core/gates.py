@@ -12,6 +12,7 @@ parameter itself: optimisers, clipping, ``state_dict`` and whatever else holds t
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ class Gated(nn.Module):
         super().__init__()
         self.model = model
         self.gates = Gates(torch.ones(channels.units, device=_device(model), requires_grad=True))
+        self.aside: Tensor | None = None
         # where no unit can ever be closed (a stream behind layer norm), a gate would only copy the weight at every step
         self.sites = tuple(site for site in channels.sites if not channels.frozen[site.units[site.units >= 0]].all())
         self.bind()
@@ -57,6 +59,8 @@ class Gated(nn.Module):
         if not self.is_bound():
             self.bind()
         gates = self.gates
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._set_aside()
         before, gates.acting = gates.acting, True
         try:
             output = self.model(*args, **kwargs)
@@ -102,13 +106,25 @@ class Gated(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the parameters and of the gates."""
         super().zero_grad(set_to_none)
-        self.gate.grad = None
+        self.gate.grad = self.aside = None
+
+    def _set_aside(self) -> None:
+        """Set the gates' gradient aside if those of the parameters were reset since: optimisers know nothing of gates.
+
+        Such is what a batch leaves that was given up after its backward pass, or a backward pass for the sake of the
+        inputs, as of adversarial examples. It is not added to the next, and is used if there is no next.
+        """
+        if self.gate.grad is None:
+            return
+        trained = [parameter.grad is None for parameter in self.model.parameters() if parameter.requires_grad]
+        if trained and all(trained):
+            self.aside, self.gate.grad = self.gate.grad, None
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         device = fn(self.gate.detach()).device
         if device != self.gate.device:
-            gradient, self.gate.grad = self.gate.grad, None
+            gradient, self.gate.grad, self.aside = self.gate.grad, None, None
             self.gate.data = self.gate.data.to(device)
             self.gate.grad = None if gradient is None else gradient.to(device)
             self.bind()
@@ -222,9 +238,22 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return kind.__bases__[0] if BINDING in kind.__dict__ else kind
 
 
+def idle_gates(model: nn.Module) -> Gates | None:
+    """Return the gates that would act on the modules of ``model`` if the Tailor around it ran, which it does not."""
+    if any(isinstance(module, Gated) for module in model.modules()):
+        return None
+    bindings = (module.__dict__.get(BINDING) for module in model.modules())
+    found = (binding.gates for binding in bindings if binding is not None)
+    return next((gates for gates in found if gates.bound and not gates.acting), None)
+
+
+UNGATED = "is still being tailored, and without its gates it is the dense network"
+"""What to say of a model with idle gates."""
+
+
 def unwrapped(model: nn.Module, verb: str) -> nn.Module:
     """Return the module inside torch.compile's and the parallel wrappers; a network with gates is refused, by what was
-    to be done with it.
+    to be done with it, and one that is still being tailored is warned of.
     """
     while True:
         if isinstance(model, Gated):
@@ -237,7 +266,16 @@ def unwrapped(model: nn.Module, verb: str) -> nn.Module:
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
         else:
-            return model
+            break
+    if idle_gates(model) is not None:
+        warnings.warn(
+            f"this {type(model).__name__} {UNGATED}: not within the budget, and not what tailor(x) computes. "
+            f"{verb.capitalize()} it once tailor.shrunk is true, or what finish() returns; to go on with a run later, "
+            f"keep tailor.state_dict().",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------

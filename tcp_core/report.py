@@ -25,10 +25,14 @@ class Report(dict):
             )
         if "phase" in self:  # comparators have none
             rows.append(_placed(self["phase"], self["maturity"], self["placed"]))
-        state = "frozen" if self["frozen"] else f"strength {self['strength']:.2g}"
+        step = f"step {self['step']} of {self['steps']}"
+        if self["frozen"]:  # a controller counts no further then
+            state = f"frozen at {step}" if "phase" in self else f"{step}, frozen"
+        else:
+            state = f"{step}, strength {self['strength']:.2g}"
         few = self._few()
         rows.append(
-            f"step {self['step']} of {self['steps']}, {state}; layers left with fewer than 8 channels: {len(few)}"
+            f"{state}; layers left with fewer than 8 channels: {len(few)}"
             + (f" ({', '.join(few[:5])}{', ...' if len(few) > 5 else ''})" if few else "")
         )
         rows += [

@@ -79,6 +79,14 @@ def check_holders(model: nn.Module, channels: Channels, found: Holders, trained:
                 f"parameter {name!r} is a {type(parameter.data).__name__}, which cannot be cut: a Tailor works with "
                 f"whole tensors. Train with DistributedDataParallel rather than with sharded parameters."
             )
+    for name, parameter in model.named_parameters():
+        for key, value in state_tensors(vars(parameter)):
+            if name in channels.slots and value.numel() > 1 and value.shape == parameter.shape:
+                raise RuntimeError(
+                    f"parameter {name!r} has a tensor of its shape in its attribute {key.split('.')[1]!r}, as some "
+                    f"optimisers keep: it is not known how to cut it. Use an optimiser that keeps such tensors in "
+                    f"optimizer.state."
+                )
     stepped = {id(parameter) for optimizer in found.optimizers for parameter in held(optimizer)}
     left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in stepped]
     if trained and left:
@@ -98,13 +106,15 @@ def check_holders(model: nn.Module, channels: Channels, found: Holders, trained:
             )
         shapes = {tuple(p.shape) for p in held(optimizer) if id(p) in names and names[id(p)] in channels.slots}
         rest = {key: value for key, value in vars(optimizer).items() if key not in ("param_groups", "state")}
-        for key, value in state_tensors(rest):
-            if id(value) not in stepped and value.numel() > 1 and tuple(value.shape) in shapes:
-                raise RuntimeError(
-                    f"{kind} keeps a tensor of a parameter's shape in its attribute {key.split('.')[1]!r}, outside of "
-                    f"its state: it is not known how to cut it. Use an optimiser that keeps such tensors in "
-                    f"optimizer.state."
-                )
+        options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        for place, holder in (("its attribute", rest), *(("its parameter groups as", group) for group in options)):
+            for key, value in state_tensors(holder):
+                if id(value) not in stepped and value.numel() > 1 and tuple(value.shape) in shapes:
+                    raise RuntimeError(
+                        f"{kind} keeps a tensor of a parameter's shape in {place} {key.split('.')[1]!r}, outside of "
+                        f"its state: it is not known how to cut it. Use an optimiser that keeps such tensors in "
+                        f"optimizer.state."
+                    )
     for wrapper in found.wrappers:
         what = {
             "mixed_precision": wrapper.mixed_precision is not None,

@@ -95,6 +95,7 @@ class Tailor(Gated):
         self.controller = Controller(
             channels, budget, steps=steps, min_width=min_width, device=self.gate.device, **options
         )
+        self.weights_of_start = None if maturity is not None else _versions(model)
         warn_of_unknown(channels)
         self.measured_at = "" if budget.latency is None else repr(latency)
         self.shrunk = False
@@ -104,6 +105,18 @@ class Tailor(Gated):
         self.checked = False  # whether the first step has found everything that holds the model fit to go on
         self.carried: list[tuple[Average, Average]] = []
         self.carry(*carry)
+
+    def forward(self, *args, **kwargs):
+        """Run the model with gated parameters."""
+        if self.weights_of_start is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._look_again()
+        return super().forward(*args, **kwargs)
+
+    def _look_again(self) -> None:
+        """Tell once more how far the network is trained if its weights were changed since, as by loading some."""
+        if self.controller.step_count == 0 and (now := _versions(self.model)) != self.weights_of_start:
+            self.weights_of_start = now
+            self.controller.begin_with(maturity_of(self.model))
 
     @property
     def frozen(self) -> bool:
@@ -130,11 +143,18 @@ class Tailor(Gated):
 
         Each is a module that holds a copy of the model or of the Tailor (``AveragedModel(tailor)``, timm's
         ``ModelEmaV3``) or a dict of tensors by the names of ``model.state_dict()``. An average that is not carried
-        raises at its first update after that, for its tensors have other shapes.
+        raises at its first update after that, for its tensors have other shapes. One that was made after the network
+        has become smaller need not be carried.
 
         Raises:
             ValueError: if there is no copy of the network in it.
+            RuntimeError: if the network has been made smaller already.
         """
+        if self.shrunk and averages:
+            raise RuntimeError(
+                "the network has been made smaller already. An average that is made from it now goes on by itself and "
+                "needs no carry(); one of the dense network had to be carried before."
+            )
         networks = [network_in(average, self.channels) for average in averages]
         self.carried += zip(averages, networks, strict=True)
         self._share_gates()
@@ -160,7 +180,7 @@ class Tailor(Gated):
         """
         if self.shrunk:
             return False
-        if not self.frozen and self.gate.grad is None:
+        if not self.frozen and self.gate.grad is None and self.aside is None:
             raise RuntimeError(
                 "step() found no gradient of the gates: call it after loss.backward(), with a loss computed from "
                 "tailor(x), not model(x); and once per backward."
@@ -197,12 +217,13 @@ class Tailor(Gated):
         return self.model
 
     def _move_gates(self) -> None:
-        gradient = self.gate.grad
+        gradient = self.aside if self.gate.grad is None else self.gate.grad
+        gradient = gradient.detach()  # backward(create_graph=True) leaves the graph of the whole step at it
         if self.group is not None:  # what DistributedDataParallel does to the gradients of parameters
             torch.distributed.all_reduce(gradient, group=self.group)
             gradient /= torch.distributed.get_world_size(self.group)
         self.controller.update(gradient)
-        self.gate.grad = None
+        self.gate.grad = self.aside = self.weights_of_start = None
         self.gates.pending = False
         self.gate.data.copy_(self.controller.gate)
         self._share_gates()
@@ -300,7 +321,7 @@ class Tailor(Gated):
         self.controller.load_state_dict(state["controller"])
         for name in ("importance", "dense_importance", "gate", "losing", "refused"):
             setattr(self.controller, name, getattr(self.controller, name).to(self.gate.device))
-        self.gate.grad = None
+        self.gate.grad = self.aside = None
         self.gate.requires_grad_(not self.frozen)
         self.gate.data.copy_(self.controller.gate)
         self._share_gates()
@@ -358,6 +379,12 @@ class Tailor(Gated):
             dense_widths=self.channels.widths(),
             unknown=self.channels.unknown,
         )
+
+
+def _versions(model: nn.Module) -> list[tuple[int, int]]:
+    """Return what changes of each parameter when its values are: where they lie, and how often they were written."""
+    parameters = [parameter for parameter in model.parameters() if not parameter.is_inference()]
+    return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
 
 
 def _same(here: Any, there: Any) -> bool:

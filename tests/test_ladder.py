@@ -118,7 +118,8 @@ def test_rows_are_in_percent_of_the_dense_network(images, capsys, given):
         "rung 2 of 2: 30% macs",
     ]
     rows = [line for line in lines if line.startswith("epoch")]
-    assert len(rows) == 16 and rows[8].startswith("epoch   1/8")
+    assert len(rows) == 16
+    assert rows[8].startswith("epoch   1/8")
     for line, macs in zip(rows, curve.history["macs"], strict=True):
         assert f"macs {macs / dense:.2%}" in line
 

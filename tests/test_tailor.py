@@ -183,7 +183,7 @@ def test_the_report_says_where_the_run_stands():
     after = tailor.report()
     assert (after["step"], after["steps"], after["frozen"], after["strength"]) == (steps, STEPS, True, 0)
     assert after["refused_steps"] == 0
-    for text in ("macs", "params", f"{after['current']['macs']:,}", f"step {steps} of {STEPS}, frozen"):
+    for text in ("macs", "params", f"{after['current']['macs']:,}", f"frozen at step {steps} of {STEPS}"):
         assert text in repr(after)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..datasets.images import Images
+from ..gates import UNGATED, idle_gates
 from ..hardware import device_name, has_bf16_kernels
 from ..state import keeping_modes
 from .batches import by_epoch, channels_last
@@ -43,6 +44,13 @@ def evaluate(
     """
     device = device_of(model, device)
     check_precision(precision, device)
+    gates = idle_gates(model)
+    if gates is not None and bool((gates.gate < 1).any()):
+        warnings.warn(
+            f"this {type(model).__name__} {UNGATED}: evaluate(tailor, ...) until tailor.shrunk is true.",
+            RuntimeWarning,
+            stacklevel=3,  # a decorator is between
+        )
     return means(sums(model, images, batch_size, precision, device, Objective(loss, metric)))
 
 
