@@ -295,7 +295,8 @@ def _factors(model: nn.Module, sites: Iterable[GateSite], device: torch.device) 
             for name in (site.weight, site.bias):
                 found[name] = (Factor(units, mask, (-1,), like.dtype),)
             continue
-        shape = [1] * model.get_parameter(site.weight).ndim
+        module, _, key = site.weight.rpartition(".")
+        shape = [1] * _own(model.get_submodule(module), key).ndim
         shape[site.dim] = -1
         found[site.weight] = (*found.get(site.weight, ()), Factor(units, mask, tuple(shape), None))
         if site.bias is not None and site.bias not in found:
@@ -360,9 +361,14 @@ def _release(gates: Gates, before: Iterable[tuple[nn.Module, Binding | None]]) -
             module.__class__ = plain_class(module)
 
 
+def _own(module: nn.Module, key: str) -> Tensor | None:
+    """Return a module's own parameter, or buffer: detectors have batch norms of buffers."""
+    return module._parameters[key] if key in module._parameters else module._buffers.get(key)
+
+
 def _reader(key: str) -> property:
     def read(module: nn.Module) -> Tensor | None:
-        parameter = module._parameters.get(key)
+        parameter = _own(module, key)
         binding = module.__dict__.get(BINDING)
         return binding.gated(key, parameter) if binding is not None and binding.gates.act() else parameter
 

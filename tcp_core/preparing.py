@@ -53,7 +53,9 @@ def check_trace(channels: Channels, ignore: Iterable[str] | str, also: tuple, un
 
 
 def warn_of_unknown(channels: Channels) -> None:
-    """Warn of parameters that no traced call reaches, and of much that operators hold which are not understood."""
+    """Warn of parameters that no traced call reaches, and of much that operators hold which are not understood or add
+    something to every channel.
+    """
     unreached = [cause.units for cause in channels.causes if cause.kind == "unreached"]
     if unreached and any(channels.held(torch.cat(unreached)).values()):
         names = ", ".join(channels.unreached[:4]) + (", ..." if len(channels.unreached) > 4 else "")
@@ -63,7 +65,7 @@ def warn_of_unknown(channels: Channels) -> None:
             f"Trace the call that reaches them (also=[its inputs]), or name modules that nothing uses (unused=[...]).",
             stacklevel=3,
         )
-    causes = [cause for cause in channels.causes if cause.kind in NOT_UNDERSTOOD]
+    causes = [cause for cause in channels.causes if cause.kind in (*NOT_UNDERSTOOD, "lifted")]
     if causes and (share := channels.held(torch.cat([cause.units for cause in causes]))["macs"]) > NOTABLE:
         warnings.warn(
             f"{share:.0%} of the macs cannot be pruned, on account of: {in_words(causes)}. That is never wrong, but it "

@@ -23,6 +23,10 @@ class RemovalError(RuntimeError):
     """The smaller network does not compute what the gated one computes, or it cannot be found out whether it does."""
 
 
+class NothingFinite(RemovalError):
+    """The network's output is not finite anywhere, so nothing can be compared."""
+
+
 class NotRepeatable(RemovalError):
     """The network gives other outputs each time that it runs, so nothing can be compared."""
 
@@ -81,7 +85,7 @@ def _changing(
 def _run_both(model: nn.Module, gated: nn.Module, small: nn.Module, example: tuple[tuple, dict]) -> None:
     expected, tolerance = run(gated, example)
     if not any(tensor.isfinite().any() for tensor in expected.values() if has_values(tensor)):
-        raise RemovalError(
+        raise NothingFinite(
             "the network's output on the traced example is not finite (NaN or infinite) anywhere, so nothing can be "
             "compared: the weights have diverged. Lower the learning rate, or go back to weights that are finite."
         )
@@ -155,7 +159,7 @@ def differing(expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: 
             continue
         a, b = (x.to_dense() if x.layout is not torch.strided else x for x in (a, b))
         wide = torch.complex128 if a.is_complex() else torch.float64
-        same = a == b  # infinities too
+        same = (a == b) | (a.isnan() & b.isnan())  # infinities too
         gap = (a.to(wide) - b.to(wide)).abs().masked_fill(same, 0)
         scale = a.to(wide).abs().masked_fill(~a.isfinite(), 0).amax().clamp(min=torch.finfo(torch.float32).tiny)
         error = float(gap.amax() / scale) if a.numel() else 0.0

@@ -22,7 +22,16 @@ from torch.utils import _pytree as pytree
 from ..channels import Channels, Family
 from ..removal import remove
 from ..state import left_as_found
-from ..verification import NotRepeatable, RemovalError, full_precision, run, run_both, to_model
+from ..verification import (
+    NothingFinite,
+    NotRepeatable,
+    RemovalError,
+    full_precision,
+    has_values,
+    run,
+    run_both,
+    to_model,
+)
 from . import layers, movement
 from .arithmetic import is_pointwise, pointwise
 from .identities import Identities, Rule
@@ -123,14 +132,15 @@ def trace(
         unreached = freeze_for_unreached(ids, set().union(*left_over.values()))
         # Tried out in the state that these runs left: what a forward pass has kept must fit the smaller network too.
         examples = [example, *(_samples(model, other, 1) for other in also)]
-        _fill_in(model)
+        examples = _fill_in(model, examples)
         return replace(_tried(ids, ignored, examples), unreached=unreached, unused=tuple(left_over))
 
 
 @torch.no_grad()
-def _fill_in(model: nn.Module) -> None:
+def _fill_in(model: nn.Module, examples: Sequence[tuple[tuple, dict]]) -> list[tuple[tuple, dict]]:
     """Give parameters that are all zero, as the last norm of a block often is at first, some numbers, and vectors that
-    are nearly so, such as layer scales of 1e-6: what these multiply, or what they would add, shows in no output.
+    are nearly so, such as layer scales of 1e-6; also buffers and inputs that are all zero, if the model takes that.
+    Return the examples. What zeros multiply, or what they would add, shows in no output.
     """
     for parameter in model.parameters():
         if not parameter.is_floating_point() or not parameter.numel():
@@ -138,6 +148,33 @@ def _fill_in(model: nn.Module) -> None:
         vector = parameter.numel() == max(parameter.shape, default=1)
         if parameter.abs().amax() < 0.05 if vector else not parameter.any():
             parameter.data.uniform_(0.05, 0.2)
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase))
+    statistics = {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
+    empty = [buffer for buffer in model.buffers() if _empty(buffer) and id(buffer) not in statistics]
+    for buffer in empty:
+        buffer.data.uniform_(0.05, 0.2)
+    filled = pytree.tree_map(lambda leaf: leaf.uniform_(0.05, 0.2) if _empty(leaf) else leaf, [*_copied(examples)])
+    if not empty and not any(map(_empty, pytree.tree_leaves(examples))):
+        return filled
+    try:
+        for example in filled:
+            tensors, _ = run(model, to_model(example, model))
+            if not all(tensor.isfinite().all() for tensor in tensors.values() if has_values(tensor)):
+                raise ValueError
+        return filled
+    except Exception:  # zeros that mean something
+        for buffer in empty:
+            buffer.data.zero_()
+        return [*examples]
+
+
+def _empty(tensor: Any) -> bool:
+    """Say whether something is a tensor of floating-point zeros."""
+    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel() > 0 and not tensor.any()
+
+
+def _copied(examples: Sequence[tuple[tuple, dict]]) -> Sequence[tuple[tuple, dict]]:
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, [*examples])
 
 
 def _tried(ids: Identities, ignored: Patterns, examples: Sequence[tuple[tuple, dict]]) -> Channels:
@@ -198,13 +235,25 @@ def _not_removable(model: nn.Module, channels: Channels, training: bool) -> list
         if failed := _failing(model, channels, closed, range(len(closed)), training):
             return [channels.families[index] for index in failed]
         digits = [(number // base if base > 1 else 0, base, removable) for number, base, removable in digits]
-    return []
+    # Conditions on a size (``if x.size(1) >= 16``, ``x.size(1) // 8``) may hold as long as few units are gone, and one
+    # operator may have different sizes in the two modes.
+    closed = [family.units[channels.prunable[family.units]][: len(family.units) - 1] for family in channels.families]
+    failed = _failing(model, channels, closed, range(len(closed)), True, alone=True)
+    return [channels.families[index] for index in failed]
 
 
 def _failing(
-    model: nn.Module, channels: Channels, closed: Sequence[Tensor], indices: Sequence[int], training: bool
+    model: nn.Module,
+    channels: Channels,
+    closed: Sequence[Tensor],
+    indices: Sequence[int],
+    training: bool,
+    alone: bool = False,
 ) -> list[int]:
-    """Return which families at ``indices`` cannot lose their ``closed`` units; all if no single one is at fault."""
+    """Return which families at ``indices`` cannot lose their ``closed`` units; all if no single one is at fault.
+
+    ``alone``: only those that are at fault by themselves; what is left when nearly all units go may be no network.
+    """
     open_units = torch.ones(channels.units, dtype=torch.bool)
     for index in indices:
         open_units[closed[index]] = False
@@ -215,10 +264,15 @@ def _failing(
         return []
     except NotRepeatable:
         raise
+    except NothingFinite:
+        if alone and len(indices) == 1:
+            return []
     except (RemovalError, ValueError):
-        half = len(indices) // 2
-        parts = (indices[:half], indices[half:]) if half else ()
-        return [index for part in parts for index in _failing(model, channels, closed, part, training)] or list(indices)
+        pass
+    half = len(indices) // 2
+    parts = (indices[:half], indices[half:]) if half else ()
+    found = [index for part in parts for index in _failing(model, channels, closed, part, training, alone)]
+    return found or ([] if alone and half else list(indices))
 
 
 def _samples(model: nn.Module, example: Any, count: int) -> tuple[tuple, dict]:

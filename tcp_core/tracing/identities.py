@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..outputs import tensors_in
 from ..state import tensor_attributes
 from ..verification import WholeDropout, has_values, nothing_to_compare, steady
-from .codes import compact, labels_in, varies
+from .codes import along, compact, labels_in, varies
 from .liveness import Liveness
 
 ALPHA = nn.AlphaDropout, nn.FeatureAlphaDropout
@@ -56,8 +56,28 @@ class Call(NamedTuple):
         """Every tensor among the results."""
         return [leaf for leaf in pytree.tree_leaves(self.out) if isinstance(leaf, Tensor)]
 
+    @property
+    def written(self) -> list[Tensor]:
+        """Every tensor among the arguments that the operator writes to."""
+        schema, found = self.func._schema.arguments, []
+        for position, each in enumerate(schema):
+            if each.alias_info is not None and each.alias_info.is_write:
+                found += pytree.tree_leaves(self.argument(position, each.name))
+        return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
 
 Rule = Callable[["Identities", Call], None]
+
+FROZEN_NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+def is_frozen_norm(module: nn.Module | None) -> bool:
+    """Say whether a module is the batch norm of detectors (torchvision's, detectron2's), which has buffers only."""
+    if module is None or not type(module).__name__.startswith("FrozenBatchNorm"):
+        return False
+    buffers = [module._buffers.get(name) for name in FROZEN_NORM]
+    plain = all(isinstance(buffer, Tensor) and buffer.ndim == 1 for buffer in buffers)
+    return plain and not any(True for _ in module.parameters())
 
 
 @dataclass
@@ -131,6 +151,7 @@ class Identities(TorchDispatchMode):
         self.moved = WeakTensorKeyDictionary()  # a parameter's entries, moved: its name
         self.storages: dict[int, list[weakref.ref]] = {}
         self.stack: list[nn.Module] = []
+        self.arguments, self.normalised = (), None
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self.liveness = Liveness(self.model, inputs) if self.counting else None
         self.shapes |= {tuple(tensor.shape) for tensor in inputs}
@@ -142,12 +163,17 @@ class Identities(TorchDispatchMode):
         for name, tensor in tensor_attributes(self.model).items():
             self.attributes[tensor] = f"tensor attribute {name!r}"
         before = {name: (p.data_ptr(), p._version) for name, p in self.model.named_parameters()}
+        self.places: dict[int, list[tuple[str, int, int]]] = {}  # by storage: a parameter's name, first and last byte
+        for name, p in self.model.named_parameters():
+            if p.numel() and p.layout is torch.strided:
+                place = (name, p.data_ptr(), p.data_ptr() + p.nbytes)
+                self.places.setdefault(p.untyped_storage().data_ptr(), []).append(place)
         self.model.train(mode == "train")
         for module in self.modules:
             if isinstance(module, nn.modules.dropout._DropoutNd) and not isinstance(module, ALPHA):
                 module.eval()  # as an identity: what it drops has nothing to do with channels
         hooks = (
-            nn.modules.module.register_module_forward_pre_hook(lambda module, _: self.stack.append(module)),
+            nn.modules.module.register_module_forward_pre_hook(self._enter),
             nn.modules.module.register_module_forward_hook(self._leave),
         )
         try:
@@ -168,6 +194,16 @@ class Identities(TorchDispatchMode):
                 self.fixed.add(name)  # forward changes it itself, which it could not under a gate
         self._fix_outputs(output, mode)
 
+    def _fix_written(self, call: Call) -> None:
+        """Keep parameters that a forward pass writes to, through ``.data`` too, which leaves no other trace: under a
+        gate it would write to the product of the two.
+        """
+        for tensor in call.written:
+            start = tensor.data_ptr()
+            for name, first, last in self.places.get(tensor.untyped_storage().data_ptr(), ()):
+                if first < start + max(tensor.nbytes, 1) and start < last:
+                    self.fixed.add(name)
+
     def _fix_outputs(self, output: Any, mode: str) -> None:
         tensors = tensors_in(output).values()
         if mode == "eval" and not any(has_values(tensor) for tensor in tensors):
@@ -182,8 +218,30 @@ class Identities(TorchDispatchMode):
             if (codes := self.codes.get(tensor)) is not None:
                 self.outputs.append(labels_in(codes).unique())
 
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self.stack.append(module)
+        self.normalised = None
+        self.arguments = args if is_frozen_norm(module) else ()  # what they are is asked outside of the mode
+
+    def _within_frozen_norm(self, outputs: list[Tensor]) -> None:
+        """Give the channels that came in to all that has as many: with gates on its scale and shift, a norm of buffers
+        is zero where a channel is closed, which the operators that it consists of do not tell.
+        """
+        if self.normalised is None:
+            labels, self.arguments = self.channelwise(self.arguments[0], 1, "frozen batch norm") >> 1, ()
+            prefix = f"{self.here}." if self.here else ""
+            for name in FROZEN_NORM:
+                self.register(prefix + name, 0, labels)
+            self.norms[f"{prefix}weight"] = Gate(f"{prefix}bias", labels)
+            self.normalised = labels
+        for tensor in outputs:
+            dim = 1 if tensor.ndim > 1 else 0
+            if tensor.ndim and tensor.shape[dim] == len(self.normalised):
+                self.set(tensor, along(self.normalised, tensor, dim))
+
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:  # a result would replace the module's output
         self.stack.pop()
+        self.arguments, self.normalised = (), None
         self.ran.add(module)
         if module in self.watched:
             # the codes as they are: this runs inside the mode, and what it computed would count as the network's work
@@ -200,6 +258,8 @@ class Identities(TorchDispatchMode):
         tensors, outputs = call.tensors, call.outputs
         if not ("batch_norm" in call.name or "dropout" in call.name or not any(map(has_values, outputs))):
             self.operators[self.mode][call.name] += 1
+        if func._schema.is_mutable:
+            self._fix_written(call)
         self.reached.update(id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter))
         self.shapes.update(tuple(tensor.shape) for tensor in outputs)
         if call.name not in ("detach", "alias"):
@@ -207,7 +267,10 @@ class Identities(TorchDispatchMode):
             for tensor in tensors:
                 if tensor is not normalised:
                     self.consume(tensor)
-        self.rule_of(func, call.name)(self, call)
+        if self.arguments or self.normalised is not None:
+            self._within_frozen_norm(outputs)
+        else:
+            self.rule_of(func, call.name)(self, call)
         if self.counting:
             coded = ((tensor, self.codes.get(tensor)) for tensor in outputs)
             self.liveness.after(call.name, tensors, coded)
