@@ -42,34 +42,38 @@ def compare(model: nn.Module, small: nn.Module, channels: Channels, open_units: 
 
 
 def run_both(
-    model: nn.Module, small: nn.Module, channels: Channels, open_units: Tensor, training: bool = False
+    model: nn.Module, small: nn.Module, channels: Channels, open_units: Tensor, modes: tuple[str, ...] = ("eval",)
 ) -> None:
     """Compare as :func:`compare` does, but leave behind what running the networks changes in them.
 
-    ``training``: in train mode too, see :func:`run`, where the network runs on the example in that mode and repeats
-    itself.
+    ``modes``: "eval", "train" or both; in train mode, see :func:`run`, where the network runs on the example in that
+    mode and repeats itself, else in eval mode after all.
     """
     gated = close(model, channels, open_units)
     if precision := next((each.dtype for each in model.parameters() if each.is_floating_point()), None):
         gated.gates.gate = gated.gate.detach().to(precision)  # else the gates' own would count as the network's
     for example in (channels.example, *channels.also):
-        _run_both(model, gated, small, to_model(example, model))
-        if training:
-            _run_both_in_training(model, gated, small, to_model(example, model))
+        trained = "train" in modes and _run_both_in_training(model, gated, small, to_model(example, model))
+        if "eval" in modes or not trained:
+            _run_both(model, gated, small, to_model(example, model))
 
 
-def _run_both_in_training(model: nn.Module, gated: nn.Module, small: nn.Module, example: tuple[tuple, dict]) -> None:
+def _run_both_in_training(model: nn.Module, gated: nn.Module, small: nn.Module, example: tuple[tuple, dict]) -> bool:
+    """Compare in train mode; return whether that was possible."""
     try:
         expected, tolerance = run(gated, example, training=True)
     except Exception:  # it may want more samples there, or outputs that could be compared
-        return
+        return False
     try:
         found, _ = run(small, example, training=True)
         difference = differing(expected, found, tolerance)
     except Exception as error:
         difference = f": the smaller one raised {type(error).__name__}: {error}"
-    if difference and not _changing(model, gated, example, tolerance, training=True):
-        raise RemovalError(f"in train mode gated and smaller network differ{difference}")
+    if not difference:
+        return True
+    if _changing(model, gated, example, tolerance, training=True):
+        return False
+    raise RemovalError(f"in train mode gated and smaller network differ{difference}")
 
 
 def _changing(

@@ -179,7 +179,8 @@ def _copied(examples: Sequence[tuple[tuple, dict]]) -> Sequence[tuple[tuple, dic
 
 def _tried(ids: Identities, ignored: Patterns, examples: Sequence[tuple[tuple, dict]]) -> Channels:
     """Return the channels, with frozen what turns out not to be removable."""
-    model, training = None, ids.operators["train"] != ids.operators["eval"]
+    model = None
+    modes = ("eval",) if ids.operators["train"] == ids.operators["eval"] else ("train", "eval")
     for _ in range(3):
         units = Units(ids)
         channels = units.channels(ignored, examples)
@@ -187,7 +188,7 @@ def _tried(ids: Identities, ignored: Patterns, examples: Sequence[tuple[tuple, d
             cheap = all(cost <= CHEAP[name] for name, cost in channels.cost().items())
             model = _precise(ids.model, examples) if cheap else ids.model
         try:
-            failed = _not_removable(model, channels, training)
+            failed = _not_removable(model, channels, modes)
         except NotRepeatable:
             ids.freeze(torch.arange(ids.labels), CHANGING, "", "changing")
             return Units(ids).channels(ignored, examples)
@@ -214,14 +215,14 @@ def _precise(model: nn.Module, examples: Sequence[tuple[tuple, dict]]) -> nn.Mod
     return precise
 
 
-def _not_removable(model: nn.Module, channels: Channels, training: bool) -> list[Family]:
+def _not_removable(model: nn.Module, channels: Channels, modes: tuple[str, ...]) -> list[Family]:
     """Try it out: return the families from which units cannot be removed after all.
 
     Sizes that a forward writes out (``x.view(-1, 64)``) or computes from a shape (``x * x.size(1) ** -0.5``) leave no
     trace in the operators, so units of all families are removed and outputs compared; if that fails, by halves.
     A size may be taken from another family's width and fit by coincidence. So families of one size are numbered, and
-    each loses as many units as the digit of its number, in as many passes as there are digits. ``training``: in train
-    mode too, for the model has operators there that it does not have in eval mode.
+    each loses as many units as the digit of its number, in as many passes as there are digits. ``modes``: also in train
+    mode where the model has operators that it does not have in eval mode.
     """
     digits: list[tuple[int, int, Tensor]] = []  # number among families of one size, base, removable units
     peers: Counter[int] = Counter()
@@ -232,13 +233,13 @@ def _not_removable(model: nn.Module, channels: Channels, training: bool) -> list
         digits.append((peers[len(family.units)] if most > 0 else 0, most + 1, removable))
     while any(number for number, *_ in digits):
         closed = [removable[: number % base] for number, base, removable in digits]
-        if failed := _failing(model, channels, closed, range(len(closed)), training):
+        if failed := _failing(model, channels, closed, range(len(closed)), modes):
             return [channels.families[index] for index in failed]
         digits = [(number // base if base > 1 else 0, base, removable) for number, base, removable in digits]
-    # Conditions on a size (``if x.size(1) >= 16``, ``x.size(1) // 8``) may hold as long as few units are gone, and one
-    # operator may have different sizes in the two modes.
+    # Conditions on a size (``if x.size(1) >= 16``, ``x.size(1) // 8``) may hold as long as few units are gone. In train
+    # mode, for one operator may have different sizes in the two, and in eval mode the final network is compared.
     closed = [family.units[channels.prunable[family.units]][: len(family.units) - 1] for family in channels.families]
-    failed = _failing(model, channels, closed, range(len(closed)), True, alone=True)
+    failed = _failing(model, channels, closed, range(len(closed)), ("train",), alone=True)
     return [channels.families[index] for index in failed]
 
 
@@ -247,7 +248,7 @@ def _failing(
     channels: Channels,
     closed: Sequence[Tensor],
     indices: Sequence[int],
-    training: bool,
+    modes: tuple[str, ...],
     alone: bool = False,
 ) -> list[int]:
     """Return which families at ``indices`` cannot lose their ``closed`` units; all if no single one is at fault.
@@ -260,7 +261,7 @@ def _failing(
     if open_units.all():
         return []
     try:
-        run_both(model, remove(model, channels, open_units, verify=False), channels, open_units, training)
+        run_both(model, remove(model, channels, open_units, verify=False), channels, open_units, modes)
         return []
     except NotRepeatable:
         raise
@@ -271,7 +272,7 @@ def _failing(
         pass
     half = len(indices) // 2
     parts = (indices[:half], indices[half:]) if half else ()
-    found = [index for part in parts for index in _failing(model, channels, closed, part, training, alone)]
+    found = [index for part in parts for index in _failing(model, channels, closed, part, modes, alone)]
     return found or ([] if alone and half else list(indices))
 
 
