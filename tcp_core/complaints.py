@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -12,9 +12,6 @@ from .channels import Channels, Family
 from .cost import amount
 from .explanation import in_words
 from .selection import required_units
-
-if TYPE_CHECKING:
-    from .controller import Controller
 
 KINDS = {
     ("unknown",): "operators that are not understood",
@@ -34,7 +31,7 @@ def nothing_prunable(channels: Channels) -> str:
     )
 
 
-def below_floor(controller: Controller, cost: str) -> str:
+def below_floor(controller: Any, cost: str) -> str:
     """Say that no network of these families is within a budget, where the smallest lies, and what keeps it there."""
     bound, dense, floor = controller.bounds[cost], controller.dense[cost], controller.floor[cost]
     return (
@@ -44,7 +41,7 @@ def below_floor(controller: Controller, cost: str) -> str:
     )
 
 
-def above_dense(controller: Controller) -> str:
+def above_dense(controller: Any) -> str:
     """Say that the dense network is within its budget already."""
     bounds, dense = controller.bounds, controller.dense
     given = [f"{amount(name, bound)} {name} of {amount(name, dense[name])}" for name, bound in bounds.items()]
@@ -54,7 +51,7 @@ def above_dense(controller: Controller) -> str:
     )
 
 
-def _fewest(controller: Controller) -> str:
+def _fewest(controller: Any) -> str:
     """Return how many units stay in each family at least, in words."""
     units = "unit(s)" if isinstance(controller.min_width, int) else "of the units"
     # how many units that is depends on the family: of some, each unit is several channels
@@ -63,7 +60,7 @@ def _fewest(controller: Controller) -> str:
     return f"{controller.min_width:.3g} {units}{rounded}"
 
 
-def _holders(controller: Controller, cost: str) -> str:
+def _holders(controller: Any, cost: str) -> str:
     """Return what keeps the floor of a cost where it is and could be changed, to end a sentence with."""
     channels, floor, dense = controller.channels, controller.floor[cost], controller.dense[cost]
     min_width, multiple = controller.min_width, controller.multiple
