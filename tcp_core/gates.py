@@ -118,7 +118,7 @@ class Gated(nn.Module):
             return
         trained = [parameter.grad is None for parameter in self.model.parameters() if parameter.requires_grad]
         if trained and all(trained):
-            self.aside, self.gate.grad = self.gate.grad, None
+            self.aside, self.gate.grad = self.gate.grad.detach(), None
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

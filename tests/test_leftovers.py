@@ -391,6 +391,7 @@ def test_frozen_batch_norms_are_pruned_as_batch_norms_are():
     assert torch.equal(channels.prunable, expected.prunable)
     assert channels.cost()["macs"] == expected.cost()["macs"]
     assert channels.bytes()["memory"] == expected.bytes()["memory"]
+    assert sorted(site.weight for site in channels.sites) == sorted(site.weight for site in expected.sites)
     open_units = torch.rand(channels.units, generator=torch.Generator().manual_seed(3)) > 0.5
     open_units[torch.stack([family.units[0] for family in channels.families])] = True
     small = remove(model, channels, open_units)

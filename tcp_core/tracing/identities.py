@@ -228,7 +228,7 @@ class Identities(TorchDispatchMode):
         is zero where a channel is closed, which the operators that it consists of do not tell.
         """
         if self.normalised is None:
-            labels, self.arguments = self.channelwise(self.arguments[0], 1, "frozen batch norm") >> 1, ()
+            labels = self.channelwise(self.arguments[0], 1, "frozen batch norm") >> 1
             prefix = f"{self.here}." if self.here else ""
             for name in FROZEN_NORM:
                 self.register(prefix + name, 0, labels)
@@ -264,10 +264,11 @@ class Identities(TorchDispatchMode):
         self.shapes.update(tuple(tensor.shape) for tensor in outputs)
         if call.name not in ("detach", "alias"):
             normalised = args[0] if "batch_norm" in call.name or call.name == "native_group_norm" else None
+            normalised = self.arguments[0] if self.arguments else normalised
             for tensor in tensors:
                 if tensor is not normalised:
                     self.consume(tensor)
-        if self.arguments or self.normalised is not None:
+        if self.arguments:
             self._within_frozen_norm(outputs)
         else:
             self.rule_of(func, call.name)(self, call)
