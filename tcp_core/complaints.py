@@ -41,16 +41,6 @@ def below_floor(controller: Any, cost: str) -> str:
     )
 
 
-def above_dense(controller: Any) -> str:
-    """Say that the dense network is within its budget already."""
-    bounds, dense = controller.bounds, controller.dense
-    given = [f"{amount(name, bound)} {name} of {amount(name, dense[name])}" for name, bound in bounds.items()]
-    return (
-        f"the dense network is within the budget already ({', '.join(given)}), so nothing will be removed: are the "
-        f"units right?"
-    )
-
-
 def _fewest(controller: Any) -> str:
     """Return how many units stay in each family at least, in words."""
     units = "unit(s)" if isinstance(controller.min_width, int) else "of the units"

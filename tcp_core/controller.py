@@ -118,9 +118,6 @@ class Controller:
             self._resolve()
             if all(bound >= self.floor[name] for name, bound in self.bounds.items()):
                 break
-        room = {name: bound - self.dense[name] for name, bound in self.bounds.items()}
-        if min(room.values()) >= 0 and max(room.values()) > 0:
-            warnings.warn(complaints.above_dense(self), RuntimeWarning, stacklevel=3)
         if not isinstance(maturity, (int, float)) or not 0 <= maturity <= 1:
             raise ValueError(f"maturity={maturity!r}; it must be a number from 0 (a fresh network) to 1 (trained).")
         self.placed = isinstance(phase, str) and phase == "auto"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from .channels import Channels
-from .cost import Budget
+from .cost import Budget, amount
 from .explanation import NOT_UNDERSTOOD, in_words
 
 NOTABLE = 0.1
@@ -53,9 +53,7 @@ def check_trace(channels: Channels, ignore: Iterable[str] | str, also: tuple, un
 
 
 def warn_of_unknown(channels: Channels) -> None:
-    """Warn of parameters that no traced call reaches, and of much that operators hold which are not understood or add
-    something to every channel.
-    """
+    """Warn of parameters that no traced call reaches, and of much that operators hold which are not understood."""
     unreached = [cause.units for cause in channels.causes if cause.kind == "unreached"]
     if unreached and any(channels.held(torch.cat(unreached)).values()):
         names = ", ".join(channels.unreached[:4]) + (", ..." if len(channels.unreached) > 4 else "")
@@ -65,11 +63,24 @@ def warn_of_unknown(channels: Channels) -> None:
             f"Trace the call that reaches them (also=[its inputs]), or name modules that nothing uses (unused=[...]).",
             stacklevel=3,
         )
-    causes = [cause for cause in channels.causes if cause.kind in (*NOT_UNDERSTOOD, "lifted")]
+    causes = [cause for cause in channels.causes if cause.kind in NOT_UNDERSTOOD]
     if causes and (share := channels.held(torch.cat([cause.units for cause in causes]))["macs"]) > NOTABLE:
         warnings.warn(
             f"{share:.0%} of the macs cannot be pruned, on account of: {in_words(causes)}. That is never wrong, but it "
             f"narrows the choice; channels.explain() says what would free them.",
+            stacklevel=3,
+        )
+
+
+def warn_of_room(bounds: Mapping[str, float], dense: Mapping[str, float]) -> None:
+    """Warn where the dense network is within all its bounds already, as it is where a unit is wrong."""
+    room = [bound - dense[name] for name, bound in bounds.items()]
+    if min(room) >= 0 and max(room) > 0:
+        given = [f"{amount(name, bound)} {name} of {amount(name, dense[name])}" for name, bound in bounds.items()]
+        warnings.warn(
+            f"the dense network is within the budget already ({', '.join(given)}), so nothing will be removed: are the "
+            f"units right?",
+            RuntimeWarning,
             stacklevel=3,
         )
 

@@ -13,7 +13,7 @@ from .controller import Controller
 from .cost import Budget
 from .gates import Gated
 from .maturity import maturity as maturity_of
-from .preparing import check_trace, check_trainable, warn_of_unknown, width_options
+from .preparing import check_trace, check_trainable, warn_of_room, warn_of_unknown, width_options
 from .removal import check_same_model
 from .report import Report
 from .shrinking import Average, Holders, check_holders, holders, network_in, shrink
@@ -95,6 +95,7 @@ class Tailor(Gated):
         self.controller = Controller(
             channels, budget, steps=steps, min_width=min_width, device=self.gate.device, **options
         )
+        warn_of_room(self.controller.bounds, self.controller.dense)
         self.weights_of_start = None if maturity is not None else _versions(model)
         warn_of_unknown(channels)
         self.measured_at = "" if budget.latency is None else repr(latency)

@@ -400,20 +400,3 @@ def test_frozen_batch_norms_are_pruned_as_batch_norms_are():
     with torch.no_grad():
         for one, two in zip(gated(images).values(), small(images).values(), strict=True):
             assert torch.allclose(one, two, atol=1e-4 * float(one.abs().max()))
-
-
-class Shifted(nn.Module):
-    """A norm of one's own, whose plain tensor is added to every channel."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.register_buffer("mean", torch.ones(channels))
-
-    def forward(self, x):
-        return x - self.mean[:, None, None]
-
-
-def test_constants_that_keep_much_of_a_network_are_warned_of():
-    model = nn.Sequential(nn.Conv2d(3, 32, 3), Shifted(32), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 1))
-    with pytest.warns(UserWarning, match="of the macs cannot be pruned"):
-        made(model)
