@@ -148,7 +148,7 @@ def cut_optimizer(cuts: Cuts, optimizer: torch.optim.Optimizer, kept: Mapping[in
         for key, value in state_tensors(state):
             by_chance = key in of_dimensions and _square(value) and value.shape == parameter.shape
             smaller = None if by_chance else cut_value(key, value, parameter.shape, kept[id(parameter)])
-            if smaller is None and tuple(value.shape) == left(parameter, kept[id(parameter)]):
+            if smaller is None and tuple(value.shape) == _left(parameter, kept[id(parameter)]):
                 continue  # it was loaded before the network became smaller, from a run in which it was
             if smaller is None:
                 strange.append(f"{key.lstrip('.')} of shape {tuple(value.shape)}")
@@ -186,7 +186,7 @@ def _square(tensor: Tensor) -> bool:
     return tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
 
 
-def left(tensor: Tensor, kept: Kept) -> tuple[int, ...]:
+def _left(tensor: Tensor, kept: Kept) -> tuple[int, ...]:
     """Return the shape that is left of a tensor."""
     return tuple(size if index is None else len(index) for size, index in zip(tensor.shape, kept, strict=True))
 
