@@ -34,7 +34,7 @@ from ..verification import (
 )
 from . import layers, movement
 from .arithmetic import is_pointwise, pointwise
-from .identities import Identities, Rule
+from .identities import Identities, ModuleRule, Rule
 from .units import Units
 from .unreached import freeze_for_unreached
 
@@ -82,6 +82,11 @@ def rule_of(func: Any, name: str) -> Rule:
     return pointwise if is_pointwise(func, bare) else Identities.unknown
 
 
+def rule_within(module: nn.Module) -> ModuleRule | None:
+    """Return the rule for a module that counts as one operator, whatever it consists of."""
+    return layers.frozen_norm if layers.is_frozen_norm(module) else None
+
+
 def trace(
     model: nn.Module,
     example_input: Any,
@@ -119,7 +124,7 @@ def trace(
     ignored = _matching_modules(model, [ignore] if isinstance(ignore, str) else list(ignore), "ignore")
     left_over = _matching_modules(model, [unused] if isinstance(unused, str) else list(unused), "unused")
     also = list(also)
-    ids = Identities(model, rule_of)
+    ids = Identities(model, rule_of, rule_within)
     ids.watched = {module: [] for modules in ignored.values() for module in modules}
     with left_as_found(model), full_precision():
         ids.run("train", *_samples(model, example_input, 2))  # batch norm wants two values a channel

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..outputs import tensors_in
 from ..state import tensor_attributes
 from ..verification import WholeDropout, has_values, nothing_to_compare, steady
-from .codes import along, compact, labels_in, varies
+from .codes import compact, labels_in, varies
 from .liveness import Liveness
 
 ALPHA = nn.AlphaDropout, nn.FeatureAlphaDropout
@@ -68,16 +68,8 @@ class Call(NamedTuple):
 
 Rule = Callable[["Identities", Call], None]
 
-FROZEN_NORM = ("weight", "bias", "running_mean", "running_var")
-
-
-def is_frozen_norm(module: nn.Module | None) -> bool:
-    """Say whether a module is the batch norm of detectors (torchvision's, detectron2's), which has buffers only."""
-    if module is None or not type(module).__name__.startswith("FrozenBatchNorm"):
-        return False
-    buffers = [module._buffers.get(name) for name in FROZEN_NORM]
-    plain = all(isinstance(buffer, Tensor) and buffer.ndim == 1 for buffer in buffers)
-    return plain and not any(True for _ in module.parameters())
+ModuleRule = Callable[["Identities", tuple, list[Tensor]], None]
+"""Takes the place of rules for operators while a module runs: given its arguments, it gives outputs their codes."""
 
 
 @dataclass
@@ -115,10 +107,16 @@ class Identities(TorchDispatchMode):
         operators: how often each operator ran in each mode; not those of norms and dropout, and on integers.
     """
 
-    def __init__(self, model: nn.Module, rule_of: Callable[[Any, str], Rule]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rule_of: Callable[[Any, str], Rule],
+        rule_within: Callable[[nn.Module], ModuleRule | None],
+    ) -> None:
         super().__init__()
         self.model = model
         self.rule_of = rule_of
+        self.rule_within = rule_within
         self.labels = 1
         self.ties: list[Tensor] = []
         self.frozen: list[Tensor] = []
@@ -151,7 +149,8 @@ class Identities(TorchDispatchMode):
         self.moved = WeakTensorKeyDictionary()  # a parameter's entries, moved: its name
         self.storages: dict[int, list[weakref.ref]] = {}
         self.stack: list[nn.Module] = []
-        self.arguments, self.normalised = (), None
+        self.arguments: tuple = ()
+        self.within: ModuleRule | None = None
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self.liveness = Liveness(self.model, inputs) if self.counting else None
         self.shapes |= {tuple(tensor.shape) for tensor in inputs}
@@ -220,28 +219,11 @@ class Identities(TorchDispatchMode):
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self.stack.append(module)
-        self.normalised = None
-        self.arguments = args if is_frozen_norm(module) else ()  # what they are is asked outside of the mode
-
-    def _within_frozen_norm(self, outputs: list[Tensor]) -> None:
-        """Give the channels that came in to all that has as many: with gates on its scale and shift, a norm of buffers
-        is zero where a channel is closed, which the operators that it consists of do not tell.
-        """
-        if self.normalised is None:
-            labels = self.channelwise(self.arguments[0], 1, "frozen batch norm") >> 1
-            prefix = f"{self.here}." if self.here else ""
-            for name in FROZEN_NORM:
-                self.register(prefix + name, 0, labels)
-            self.norms[f"{prefix}weight"] = Gate(f"{prefix}bias", labels)
-            self.normalised = labels
-        for tensor in outputs:
-            dim = 1 if tensor.ndim > 1 else 0
-            if tensor.ndim and tensor.shape[dim] == len(self.normalised):
-                self.set(tensor, along(self.normalised, tensor, dim))
+        self.within, self.arguments = (self.rule_within(module) if args else None), args
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:  # a result would replace the module's output
         self.stack.pop()
-        self.arguments, self.normalised = (), None
+        self.within, self.arguments = None, ()
         self.ran.add(module)
         if module in self.watched:
             # the codes as they are: this runs inside the mode, and what it computed would count as the network's work
@@ -264,12 +246,12 @@ class Identities(TorchDispatchMode):
         self.shapes.update(tuple(tensor.shape) for tensor in outputs)
         if call.name not in ("detach", "alias"):
             normalised = args[0] if "batch_norm" in call.name or call.name == "native_group_norm" else None
-            normalised = self.arguments[0] if self.arguments else normalised
+            normalised = self.arguments[0] if self.within else normalised
             for tensor in tensors:
                 if tensor is not normalised:
                     self.consume(tensor)
-        if self.arguments:
-            self._within_frozen_norm(outputs)
+        if self.within:
+            self.within(self, self.arguments, outputs)
         else:
             self.rule_of(func, call.name)(self, call)
         if self.counting:

@@ -91,6 +91,33 @@ def batch_norm(ids: Identities, call: Call) -> None:
     ids.set(result, along(labels, result, 1, unsafe=int(not gated)))
 
 
+FROZEN_NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Say whether a module is the batch norm of detectors (torchvision's, detectron2's), which has buffers only."""
+    if not type(module).__name__.startswith("FrozenBatchNorm"):
+        return False
+    buffers = [module._buffers.get(name) for name in FROZEN_NORM]
+    plain = all(isinstance(buffer, Tensor) and buffer.ndim == 1 for buffer in buffers)
+    return plain and not any(True for _ in module.parameters())
+
+
+def frozen_norm(ids: Identities, args: tuple, outputs: list[Tensor]) -> None:
+    """Give the channels that came in to all that has as many: with gates on its scale and shift, a norm of buffers is
+    zero where a channel is closed, which the operators that it consists of do not tell.
+    """
+    labels = ids.channelwise(args[0], 1, "frozen batch norm") >> 1
+    prefix = f"{ids.here}." if ids.here else ""
+    for name in FROZEN_NORM:
+        ids.register(prefix + name, 0, labels)
+    ids.norms[f"{prefix}weight"] = Gate(f"{prefix}bias", labels)
+    for tensor in outputs:
+        dim = 1 if tensor.ndim > 1 else 0
+        if tensor.ndim and tensor.shape[dim] == len(labels):
+            ids.set(tensor, along(labels, tensor, dim))
+
+
 def group_norm(ids: Identities, call: Call) -> None:
     """Tie the channels of each group and pass labels on: a group is normalised by itself, so whole groups can go."""
     x, weight, bias = call.args[:3]
