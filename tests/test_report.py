@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from tcp_core.study import method_plots, pages, study_plots, tables
+from tcp_core.study import method_plots, naming, pages, study_plots, tables
 from tcp_core.study.published import main, trim
 from tcp_core.training import frames
 from tcp_core.training.plots import save_figure
@@ -377,7 +377,7 @@ def test_a_method_that_ends_early_is_named_at_its_end(monkeypatch):
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
     lines = [text for text in axes.texts if getattr(text, "arrow_patch", None)]
-    assert {line.arrow_patch.get_edgecolor() for line in lines} == {mpl.colors.to_rgba(study_plots.LEADER["color"])}
+    assert {line.arrow_patch.get_edgecolor() for line in lines} == {mpl.colors.to_rgba(naming.LEADER["color"])}
     assert all(line.xy[0] == pytest.approx(9.9) for line in lines if line.get_text())
 
 
