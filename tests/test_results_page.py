@@ -104,15 +104,19 @@ def test_an_unknown_study_has_a_section_of_its_own_name(study):
 
 
 def test_a_mean_near_the_goal_says_how_near_and_that_it_may_be_chance():
-    columns = ["data", "options", "epochs", "budget", "difference", "network", "setting"]
-    best = pd.DataFrame([["d", "", 20, "30 % macs", 0.295, "resnet20", "s"]], columns=columns)
+    columns = ["data", "options", "epochs", "budget", "difference", "network", "setting", "recipe"]
+    best = pd.DataFrame([["d", "", 20, "30 % macs", 0.295, "resnet20", "s", "r"]], columns=columns)
     summary = best.assign(part="best comparator")
+    methods = ["tailored", "taylor", "dense", "small", "small"]
+    accuracy = pd.concat([best.assign(method=method) for method in methods], ignore_index=True)
+    accuracy["options"] = ["", "", "", "", f"{tables.BORROWED} ours"]
     row = {"data": "d", "options": "", "length": tables.length(20), "pairs": 1, "wins": 1, "losses": 0}
 
     def said(difference, se):
         reached = "yes" if difference >= 0.3 else "no"
-        return results_page._overall(row | {"difference": difference, "se": se, "reached": reached}, summary)
+        return results_page._overall(row | {"difference": difference, "se": se, "reached": reached}, summary, accuracy)
 
+    assert "the best of 2 comparators in the mean" in said(0.295, 0.2)
     assert said(0.295, 0.2).endswith("is missed by 0.005, which may be chance.")
     assert said(0.305, 0.001).endswith("is reached by 0.005.")
     assert said(1.0, 0.1).endswith("is reached.")

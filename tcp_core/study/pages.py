@@ -26,7 +26,8 @@ NAMES["resnet18_small_stem"] = "ResNet-18 with a small stem"
 GROUP = ["data", "network", "setting", "epochs", "recipe"]
 KEY = [*GROUP, "budget", "method", "options"]
 COSTS = ("macs", "params")
-GOAL, GOAL_DENSE = 0.3, -0.3  # points: ours - best comparator, mean over budgets; ours - dense at 50 % macs
+GOAL = 0.3  # points: ours - best comparator, mean over budgets
+GOALS_DENSE = {"resnet20": -1.0, "resnet56": -0.3}  # points: ours - dense at 50 % macs, by network
 LONG = 10  # epochs from which a run says how good a network becomes, and no longer how soon it recovers
 
 
@@ -122,8 +123,9 @@ PAGES = {
     ),
 }
 GOALS = (
-    f"The study's goals: {GOAL:+.1f} points against the best comparator, in the mean over budgets and settings; and no "
-    f"more than {-GOAL_DENSE:.1f} points below the dense network at 50 % macs and equal epochs."
+    f"The study's goals: {GOAL:+.1f} points against the best comparator, in the mean over budgets and settings; and at "
+    f"50 % macs and equal epochs no more than {-GOALS_DENSE['resnet56']:.1f} points below the dense network for "
+    f"ResNet-56, {-GOALS_DENSE['resnet20']:.1f} for ResNet-20."
 )  # of the committed study: runs of somebody else have none
 DATA = {
     "cifar10-jpeg": "cifar10-jpeg is a JPEG-encoded copy of CIFAR-10 (quality 75, 4:2:0): accuracies are some points "

@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..maturity import phase_of
 from ..training.frames import training_cost
-from .pages import COSTS, GOAL, GOAL_DENSE, GROUP, KEY, LONG, METHODS, absent, heading, number
+from .pages import COSTS, GOAL, GOALS_DENSE, GROUP, KEY, LONG, METHODS, absent, heading, number
 from .published import ARCHITECTURES
 from .results import read_runs
 
@@ -186,8 +186,8 @@ def summary(pairs: pd.DataFrame, *, goals: bool = True) -> pd.DataFrame:
         "each comparator": _mean_difference(rivals, ["data", "options", "rival", "options_rival"]),
     }
     table = pd.concat([part.assign(part=name) for name, part in parts.items()], ignore_index=True)
-    set_at = {"mean over budgets": GOAL, "mean over all": GOAL, "dense at 50 % macs": GOAL_DENSE}
-    table["goal"] = table["part"].map(set_at).astype(float)
+    of_dense = table["network"].map(GOALS_DENSE).where(table["part"] == "dense at 50 % macs")
+    table["goal"] = table["part"].map({"mean over budgets": GOAL, "mean over all": GOAL}).fillna(of_dense).astype(float)
     table["reached"] = np.where(table["goal"].isna(), "", np.where(table["difference"] >= table["goal"], "yes", "no"))
     shown = ["options", "length", "budget", "rival", "options_rival", "accuracy", "n", "accuracy_rival", "n_rival"]
     shown += ["difference", "se", *count]
