@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +69,7 @@ class Gated(nn.Module):
         if torch.is_grad_enabled():
             gates.pending = True
             if not torch.compiler.is_compiling():
-                gates.watch(output)
+                gates.watch(output, self._set_aside)
         return output
 
     @torch.compiler.disable
@@ -112,7 +112,8 @@ class Gated(nn.Module):
         """Set the gates' gradient aside if those of the parameters were reset since: optimisers know nothing of gates.
 
         Such is what a batch leaves that was given up after its backward pass, or a backward pass for the sake of the
-        inputs, as of adversarial examples. It is not added to the next, and is used if there is no next.
+        inputs, as of adversarial examples. It is not added to the next, and is used if there is no next. Called before
+        the forward and the backward pass, for they may have been reset before either.
         """
         if self.gate.grad is None:
             return
@@ -163,16 +164,21 @@ class Gates:
         # Checkpointing enables gradients in mid-backward and runs what it had not stored; hooks run without them.
         return torch.is_grad_enabled() or _computing_anew()
 
-    def watch(self, output: Any) -> None:
-        """Note when the backward pass of these outputs begins and ends, for checkpointed parts that are compiled."""
+    def watch(self, output: Any, begins: Callable[[], None]) -> None:
+        """Note when the backward pass of these outputs begins and ends, for checkpointed parts that are compiled, and
+        call ``begins`` when it begins.
+        """
         self.backward = False
+
+        def begin(_: Tensor) -> None:
+            if not self.backward:
+                begins()
+            self.backward = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
         for tensor in tensors_in(output).values():
             if tensor.requires_grad:
-                tensor.register_hook(self._begin)
-
-    def _begin(self, _: Tensor) -> None:
-        self.backward = True
-        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+                tensor.register_hook(begin)
 
     def _end(self) -> None:
         self.backward = False

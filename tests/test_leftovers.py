@@ -90,6 +90,22 @@ def test_a_batch_that_was_given_up_weighs_nothing():
     assert torch.equal(tailor.gate.grad, expected)
 
 
+def test_a_batch_that_was_given_up_weighs_nothing_where_gradients_are_reset_after_the_forward_pass():
+    """As in the README's loop: at the forward pass the gradients of the batch before are still there."""
+
+    def gradient(*batches):
+        tailor, optimizer = made()
+        tailor.eval()
+        for x in batches:
+            loss = F.cross_entropy(tailor(x), Y)
+            optimizer.zero_grad()
+            loss.backward()  # of all but the last, no step follows
+        return tailor.gate.grad
+
+    assert torch.equal(gradient(9 * X, X), gradient(X))
+    assert gradient(X).any()
+
+
 def test_gradients_that_are_accumulated_are_added():
     def gradient(*parts):
         tailor, optimizer = made()
