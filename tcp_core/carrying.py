@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Kept = tuple[Tensor | None, ...]
 """Per dimension, the indices (int64) that stay; None keeps all."""
@@ -139,15 +140,18 @@ def cut_optimizer(cuts: Cuts, optimizer: torch.optim.Optimizer, kept: Mapping[in
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         return _cut_lbfgs(cuts, optimizer, kept)
-    of_dimensions = _of_dimensions(optimizer)
+    by_size = {id(p) for group in optimizer.param_groups if _kind_by_size(group) for p in group["params"]}
+    others = _of_other_things(optimizer)
     for parameter in held(optimizer):
         state = optimizer.state.get(parameter)
         if not state or all(index is None for index in kept.get(id(parameter), ())):
             continue
-        own, strange = Cuts(), []
+        own, strange = Cuts(), [f"{key.lstrip('.')}, a {kind}," for key, kind in _opaque(state)]
         for key, value in state_tensors(state):
-            by_chance = key in of_dimensions and _square(value) and value.shape == parameter.shape
-            smaller = None if by_chance else cut_value(key, value, parameter.shape, kept[id(parameter)])
+            understood = (key, tuple(value.shape)) not in others and type(value) in (Tensor, nn.Parameter)
+            if id(parameter) in by_size and 1 < value.numel() and value.shape != parameter.shape:
+                understood = False
+            smaller = cut_value(key, value, parameter.shape, kept[id(parameter)]) if understood else None
             if smaller is None and tuple(value.shape) == _left(parameter, kept[id(parameter)]):
                 continue  # it was loaded before the network became smaller, from a run in which it was
             if smaller is None:
@@ -167,19 +171,39 @@ def cut_optimizer(cuts: Cuts, optimizer: torch.optim.Optimizer, kept: Mapping[in
             cuts.tensors.update(own.tensors)
 
 
-def _of_dimensions(optimizer: torch.optim.Optimizer) -> set[str]:
-    """Return which of an optimiser's tensors, by path, belong to a dimension of a parameter rather than to its entries.
+def _of_other_things(optimizer: torch.optim.Optimizer) -> set[tuple[str, tuple[int, ...]]]:
+    """Return which of an optimiser's tensors, by path and shape, have the shape of a parameter only by chance.
 
-    Preconditioners (Shampoo, Kron) keep a square matrix for each dimension, and that of a square weight has its shape
-    by chance. So a path is not of entries if there is a square matrix in it for a parameter of another shape, and a
-    list of square matrices is not where a square weight is all there is to go by.
+    Preconditioners (Shampoo, Kron) keep a square matrix for each dimension, and that of a square weight has its shape.
+    So a square is not of entries if there is another in its path for a parameter of another shape, or if the path is a
+    list, which a square weight alone would fill. What has one length at parameters of other lengths too, such as the
+    levels of an 8-bit optimiser, is a table.
     """
-    found = set()
+    found, squares = set(), set()
     for parameter in held(optimizer):
         for key, value in state_tensors(optimizer.state.get(parameter) or {}):
+            place = key, tuple(value.shape)
             if _square(value) and (value.shape != parameter.shape or key.rpartition(".")[2].isdigit()):
-                found.add(key)
+                squares.add(key)
+            if is_table(key) or (value.ndim == 1 and cut_value(key, value, parameter.shape, ()) is None):
+                found.add(place)
+    for parameter in held(optimizer):
+        for key, value in state_tensors(optimizer.state.get(parameter) or {}):
+            if key in squares and _square(value) and value.shape == parameter.shape:
+                found.add((key, tuple(value.shape)))
     return found
+
+
+def is_table(path: str) -> bool:
+    """Say whether what lies at ``path`` is a table of levels, as bitsandbytes calls it, whatever its length."""
+    return "qmap" in path
+
+
+def _kind_by_size(group: Mapping) -> bool:
+    """Say whether an optimiser decides by a parameter's size what it keeps for it, as timm's Adafactors do: what was
+    kept for the larger one may not be what it wants for the smaller one.
+    """
+    return any(str(name).endswith("size_to_factor") for name in group)
 
 
 def _square(tensor: Tensor) -> bool:
@@ -226,10 +250,22 @@ def held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def state_tensors(value: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in nested dicts, lists and tuples, each with a path such as ``.exp_avg`` or ``.pairs.0``."""
-    if isinstance(value, Tensor):
-        yield key, value
-    elif isinstance(value, (dict, list, tuple)):
-        inside: Iterable = value.items() if isinstance(value, dict) else enumerate(value)
+    """Yield the tensors in nested dicts and sequences, each with a path such as ``.exp_avg`` or ``.pairs.0``."""
+    yield from ((path, leaf) for path, leaf in _leaves(value, key) if isinstance(leaf, Tensor))
+
+
+def _opaque(state: Mapping) -> Iterator[tuple[str, str]]:
+    """Yield the path and class of each object in an optimiser's state that keeps tensors of its own."""
+    for path, leaf in _leaves(state):
+        inside = getattr(leaf, "__dict__", None)
+        if not isinstance(leaf, Tensor) and any(tensor.numel() > 1 for _, tensor in state_tensors(inside)):
+            yield path, type(leaf).__name__
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (Mapping, list, tuple, deque)):
+        inside: Iterable = value.items() if isinstance(value, Mapping) else enumerate(value)
         for name, each in inside:
-            yield from state_tensors(each, f"{key}.{name}")
+            yield from _leaves(each, f"{key}.{name}")
+    else:
+        yield key, value

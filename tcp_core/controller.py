@@ -101,6 +101,8 @@ class Controller:
         candidates = [multiple] if isinstance(multiple, int) else [*multiple]
         if not candidates or not all(isinstance(each, int) and each >= 1 for each in candidates):
             raise ValueError(f"multiple={multiple!r}; it must be an int of at least 1, 1 for widths of any size.")
+        if isinstance(min_width, float):
+            min_width = float(min_width)  # NumPy's own would be in the state, which could not be loaded safely
         self.channels, self.budget, self.min_width, self.latency = channels, Budget.of(budget), min_width, latency
         if self.budget.latency is not None and latency is None:
             raise BudgetError(
@@ -126,7 +128,7 @@ class Controller:
         if self.placed:
             phase = phase_of(maturity, steps)
         self._check(channels, phase, lookahead, ramp)
-        self.steps, self.shares = steps, (lookahead, ramp)
+        self.steps, self.shares = steps, (float(lookahead), float(ramp))
         self._place(phase, maturity)
         self.strength = self.base_strength
         self.step_count = 0
@@ -170,7 +172,7 @@ class Controller:
                 f"{MIN_PHASE_STEPS} steps. Give the number of optimiser steps of the whole run (epochs x batches), at "
                 f"least {needed}, or widen phase."
             )
-        self.phase, self.maturity = tuple(phase), float(maturity)
+        self.phase, self.maturity = (float(phase[0]), float(phase[1])), float(maturity)
         self.start, self.end = (round(share * self.steps) for share in phase)
         length, (lookahead, ramp) = self.end - self.start, self.shares
         self.lookahead = min(max(1, round(lookahead * length)), length - 1)
@@ -209,10 +211,12 @@ class Controller:
         self.importance = torch.where(finite, self.importance + (square - self.importance) / seen, self.importance)
         if self.step_count <= self.start:  # no gate has moved yet
             self.dense_importance = self.importance
-        if self.step_count >= self.start and (self.step_count - self.start) % self.interval == 0:
+        last = self.step_count == self.end - self.lookahead  # which may lie between two rankings
+        if self.step_count >= self.start and (last or (self.step_count - self.start) % self.interval == 0):
             self._rank()
         if self.step_count >= self.start:
-            move = torch.where(self.losing, -self.strength, self.strength)
+            strength = self._in_time() if self.final else self.strength
+            move = torch.where(self.losing, -strength, strength)
             self.gate = torch.where(finite, (self.gate + move).clamp(0, 1), self.gate)
         self.step_count += 1
         if self.final and bool((self.gate == (~self.losing).float()).all()):
@@ -319,6 +323,16 @@ class Controller:
         low, high = self.base_strength * (1.0 if self.final else 0.5), self.base_strength * 4
         slowest, fastest = self.strength / MAX_CHANGE, self.strength * MAX_CHANGE
         self.strength = min(max(min(max(wanted, slowest), fastest), low), high)
+
+    def _in_time(self) -> float | Tensor:
+        """Return the strength, or what it takes to close the last gate within the run: where the phase ends with the
+        run, steps that were refused are not there in the end.
+        """
+        left = max(self.steps - self.step_count, 1)
+        if left > 2 * self.lookahead:
+            return self.strength
+        furthest = torch.where(self.losing, self.gate, 1 - self.gate).max()
+        return (furthest * 1.001 / left).clamp(min=self.strength)
 
     def score(self) -> Tensor:
         """Return importance per marginal cost, float64 ``[units]``; costs add up as weighted shares of budgets.

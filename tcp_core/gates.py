@@ -12,6 +12,7 @@ parameter itself: optimisers, clipping, ``state_dict`` and whatever else holds t
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -26,6 +27,8 @@ from torch.utils import checkpoint
 from .channels import Channels, GateSite
 from .outputs import tensors_in
 
+_ENTERING = threading.Lock()
+
 BINDING = "_gates_of_this_module"
 """Where a module keeps what gates its own parameters; gone once the network is smaller."""
 
@@ -33,7 +36,7 @@ BINDING = "_gates_of_this_module"
 class Gated(nn.Module):
     """A model with gates; called like the model.
 
-    ``gate`` is float32 ``[units]``, all ones at first; a backward pass leaves the loss's gradient with respect to it in
+    ``gate`` is float ``[units]``, all ones at first; a backward pass leaves the loss's gradient with respect to it in
     ``gate.grad``. It is no parameter: what clips, scales or decays ``parameters()`` does not touch it, and
     DistributedDataParallel does not average its gradient.
     """
@@ -41,7 +44,7 @@ class Gated(nn.Module):
     def __init__(self, model: nn.Module, channels: Channels) -> None:
         super().__init__()
         self.model = model
-        self.gates = Gates(torch.ones(channels.units, device=_device(model), requires_grad=True))
+        self.gates = Gates(torch.ones(channels.units, device=device_of(model), requires_grad=True))
         self.aside: Tensor | None = None
         # where no unit can ever be closed (a stream behind layer norm), a gate would only copy the weight at every step
         self.sites = tuple(site for site in channels.sites if not channels.frozen[site.units[site.units >= 0]].all())
@@ -61,11 +64,11 @@ class Gated(nn.Module):
         gates = self.gates
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._set_aside()
-        before, gates.acting = gates.acting, True
+        gates.enter()
         try:
             output = self.model(*args, **kwargs)
         finally:
-            gates.acting = before
+            gates.leave()
         if torch.is_grad_enabled():
             gates.pending = True
             if not torch.compiler.is_compiling():
@@ -81,7 +84,7 @@ class Gated(nn.Module):
         before = []
         for name, factors in _factors_by_module(self.model, self.sites, self.gate.device).items():
             module = self.model.get_submodule(name)
-            before.append((module, module.__dict__.get(BINDING)))
+            before.append((weakref.ref(module), module.__dict__.get(BINDING)))  # a module may lead back to this object
             _bind(module, Binding(self.gates, factors))
             parent, _, child = name.rpartition(".")
             self.bound.append((self.model.get_submodule(parent) if name else None, child, module))
@@ -141,7 +144,7 @@ class Gates:
 
     Attributes:
         gate: float ``[units]``, a leaf tensor.
-        acting: whether the gated model is running.
+        acting: how many calls of the gated model are running: one may be in another thread.
         pending: whether a backward pass of it may still come, in which a part of it may run anew.
         backward: whether such a backward pass is running, as far as the model's outputs tell.
         bound: whether modules are to read through them.
@@ -149,7 +152,20 @@ class Gates:
 
     def __init__(self, gate: Tensor) -> None:
         self.gate = gate
-        self.acting = self.pending = self.backward = self.bound = False
+        self.acting = 0
+        self.pending = self.backward = self.bound = False
+
+    def enter(self, calls: int = 1) -> None:
+        """Let the gates act, for one call more."""
+        if torch.compiler.is_compiling():
+            self.acting += calls
+        else:
+            with _ENTERING:
+                self.acting += calls
+
+    def leave(self) -> None:
+        """End one call."""
+        self.enter(-1)
 
     def act(self) -> bool:
         """Whether a parameter that is read now is to be gated."""
@@ -166,18 +182,20 @@ class Gates:
 
     def watch(self, output: Any, begins: Callable[[], None]) -> None:
         """Note when the backward pass of these outputs begins and ends, for checkpointed parts that are compiled, and
-        call ``begins`` when it begins.
+        call ``begins`` when the first one begins.
         """
         self.backward = False
+        first = True  # of several backward passes of one forward pass, such as one a task, all count
 
         def begin(_: Tensor) -> None:
-            if not self.backward:
+            nonlocal first
+            if first:
                 begins()
-            self.backward = True
+            first, self.backward = False, True
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
         for tensor in tensors_in(output).values():
-            if tensor.requires_grad:
+            if tensor.requires_grad and not tensor.is_leaf:  # a parameter that is returned would keep its hooks
                 tensor.register_hook(begin)
 
     def _end(self) -> None:
@@ -354,10 +372,12 @@ def _bind(module: nn.Module, binding: Binding) -> None:
     module.__dict__[BINDING] = binding
 
 
-def _release(gates: Gates, before: Iterable[tuple[nn.Module, Binding | None]]) -> None:
+def _release(gates: Gates, before: Iterable[tuple[weakref.ref, Binding | None]]) -> None:
     """Bind modules to what they were bound to before, if that still wants them; else make them plain."""
     gates.bound = False
-    for module, binding in before:
+    for reference, binding in before:
+        if (module := reference()) is None:
+            continue
         now = module.__dict__.pop(BINDING, None)
         if now is not None and now.gates is not gates:
             module.__dict__[BINDING] = now
@@ -394,5 +414,6 @@ def _new(kind: type[nn.Module], *arguments: Any) -> nn.Module:
     return kind.__new__(kind, *arguments)
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's first parameter lies."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

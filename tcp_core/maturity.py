@@ -69,3 +69,14 @@ def phase_of(maturity: float, steps: int) -> tuple[float, float]:
     end = min(longest, start + max(PHASE_LEAST, PHASE_ENOUGH / max(steps, 1)))
     ends = zip(PHASE_FRESH, (start, end), strict=True)
     return tuple(round(fresh + maturity * (trained - fresh), 4) for fresh, trained in ends)
+
+
+def versions(model: nn.Module) -> list[tuple[int, int]] | None:
+    """Return what changes of each parameter when its values are: where they lie, and how often they were written. None
+    within torch.func, whose tensors lie nowhere.
+    """
+    parameters = [parameter for parameter in model.parameters() if not parameter.is_inference()]
+    try:
+        return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+    except RuntimeError:
+        return None

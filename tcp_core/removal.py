@@ -39,7 +39,7 @@ def remove(
     """
     open_units = channels.check(open_units)
     check_same_model(model, channels)
-    small, replaced = resized(model, lambda name, tensor: take(tensor, channels.kept(name, open_units)))
+    small, replaced = resized(model, lambda name, tensor: take(tensor, channels.kept(name, open_units)), gradients=True)
     for name, amounts in paddings(model, channels, open_units).items():
         small.get_submodule(name).padding = amounts
     if verify:
@@ -50,12 +50,14 @@ def remove(
     return small
 
 
-def resized(model: nn.Module, index: Callable[[str, Tensor], Tensor]) -> tuple[nn.Module, dict[int, Tensor]]:
+def resized(
+    model: nn.Module, index: Callable[[str, Tensor], Tensor], *, gradients: bool = False
+) -> tuple[nn.Module, dict[int, Tensor]]:
     """Return a copy of ``model`` whose parameters and buffers are ``index(qualified name, tensor)``, and the new
     ones by old id.
 
-    The sizes that torch's own modules keep beside their tensors are set. Shared tensors stay shared; gradients go
-    along.
+    The sizes that torch's own modules keep beside their tensors are set. Shared tensors stay shared; ``gradients`` go
+    along, by the same ``index``, or there are none.
     """
     new: dict[int, Tensor] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -63,7 +65,7 @@ def resized(model: nn.Module, index: Callable[[str, Tensor], Tensor]) -> tuple[n
         value = value.clone() if value.data_ptr() == tensor.data_ptr() else value
         if isinstance(tensor, nn.Parameter):
             value = nn.Parameter(value, requires_grad=tensor.requires_grad)
-            if tensor.grad is not None:
+            if gradients and tensor.grad is not None:
                 value.grad = index(name, tensor.grad).clone()
         new[id(tensor)] = value
     # deepcopy takes what it finds in the memo as already copied; tensors with a graph it would refuse

@@ -67,3 +67,31 @@ def _placed(phase: tuple[float, float], maturity: float, placed: bool) -> str:
     weights = known.get(maturity, f"of one {maturity:.0%} on its way to a trained network")
     place = f"phase {100 * phase[0]:.3g} to {100 * phase[1]:.3g} % of the run, "
     return place + (f"for the weights at the start were those {weights}" if placed else "as asked")
+
+
+def report_of(tailor) -> Report:
+    """Return the report of a :class:`tcp_core.Tailor`."""
+    controller = tailor.controller
+    current = controller.cost_model.exact(tailor.open_units)
+    return Report(
+        requested=tailor.budget.as_dict(),
+        bounds=dict(controller.bounds),
+        dense=dict(controller.dense),
+        current=current,
+        floor=dict(controller.floor),
+        utilisation={name: current[name] / bound for name, bound in controller.bounds.items()},
+        strength=tailor.strength,
+        step=controller.step_count,
+        steps=controller.steps,
+        phase=controller.phase,
+        maturity=controller.maturity,
+        placed=controller.placed,
+        frozen=tailor.frozen,
+        multiple=controller.multiple,
+        measured=None if controller.measured is None else {**controller.measured, "at": tailor.measured_at},
+        refused_steps=int(controller.refused),
+        largest_gate_removed=tailor.largest_gate_removed,
+        widths=tailor.channels.widths(tailor.open_units),
+        dense_widths=tailor.channels.widths(),
+        unknown=tailor.channels.unknown,
+    )

@@ -20,7 +20,7 @@ from .cost import Cost
 
 def least(min_width: int | float, family: Family) -> int:
     """Return the fewest units that stay in a family: so many, or that share of its units, rounded up."""
-    return min_width if isinstance(min_width, int) else math.ceil(min_width * len(family.units))
+    return min_width if isinstance(min_width, int) else math.ceil(min_width * len(family.units) - 1e-9)
 
 
 def required_units(channels: Channels, min_width: int | float, multiple: int = 1) -> Tensor:

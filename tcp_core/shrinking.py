@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .carrying import Cuts, cut_optimizer, held, state_tensors
+from .carrying import Cuts, cut_optimizer, held, is_table, state_tensors
 from .channels import Channels
 from .removal import check_same_model, misfits, own_tensors, paddings, remembered, remove, sizes
 
@@ -80,6 +80,11 @@ def check_holders(model: nn.Module, channels: Channels, found: Holders, trained:
                 f"whole tensors. Train with DistributedDataParallel rather than with sharded parameters."
             )
     for name, parameter in model.named_parameters():
+        if hasattr(parameter, "grad_sample"):
+            raise RuntimeError(
+                f"parameter {name!r} has gradients per sample (grad_sample), which hooks of modules compute without "
+                f"the gates: they are too large where a gate is closing. Tailor with ordinary gradients."
+            )
         for key, value in state_tensors(vars(parameter)):
             if name in channels.slots and value.numel() > 1 and value.shape == parameter.shape:
                 raise RuntimeError(
@@ -109,7 +114,9 @@ def check_holders(model: nn.Module, channels: Channels, found: Holders, trained:
         options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         for place, holder in (("its attribute", rest), *(("its parameter groups as", group) for group in options)):
             for key, value in state_tensors(holder):
-                if id(value) not in stepped and value.numel() > 1 and tuple(value.shape) in shapes:
+                if id(value) in stepped or value.numel() == 1 or is_table(key):
+                    continue
+                if tuple(value.shape) in shapes:
                     raise RuntimeError(
                         f"{kind} keeps a tensor of a parameter's shape in {place} {key.split('.')[1]!r}, outside of "
                         f"its state: it is not known how to cut it. Use an optimiser that keeps such tensors in "
@@ -129,16 +136,17 @@ def check_holders(model: nn.Module, channels: Channels, found: Holders, trained:
             )
 
 
-def network_in(average: Average, channels: Channels) -> Average:
-    """Return the copy of the traced network in a moving average, or what was given if it is a dict of tensors.
+def networks_in(average: Average, model: nn.Module, channels: Channels) -> list[Average]:
+    """Return the copies of the traced network in a moving average, or what was given if it is a dict of tensors.
+
+    What holds the ``model`` itself beside its copies, such as a learner with its target, may be given.
 
     Raises:
         ValueError: if there is none, or tensors of the dict are not the network's.
     """
     if isinstance(average, nn.Module):
-        for module in average.modules():
-            if not misfits(module, channels):
-                return module
+        if found := [module for module in average.modules() if module is not model and not misfits(module, channels)]:
+            return found
         raise ValueError(
             f"{type(average).__name__} holds no copy of the network: carry(...) takes averages such as "
             f"AveragedModel(model), with the same names and shapes of parameters and buffers, before the network is "
@@ -152,7 +160,7 @@ def network_in(average: Average, channels: Channels) -> Average:
                 f"the average's {name!r} of shape {tuple(tensor.shape)} is {channels.shapes.get(name, 'absent')} in "
                 f"the network: a dict must have the names of model.state_dict()."
             )
-    return average
+    return [average]
 
 
 def shrink(
@@ -164,7 +172,7 @@ def shrink(
     verify: bool = True,
 ) -> None:
     """Make ``model`` physically smaller in place, keeping only ``open_units``, and with it what ``found`` holds and
-    ``averages`` (each as :func:`network_in` gives it).
+    ``averages`` (each as :func:`networks_in` gives it).
 
     First the smaller network is made as a copy and compared (``verify``), then all is computed, then it is put in
     place; an error leaves everything as it was.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from .channels import Channels
 from .controller import Controller
 from .cost import Budget
-from .gates import Gated
+from .gates import Gated, device_of
 from .maturity import maturity as maturity_of
+from .maturity import versions
+from .packing import packed, unpacked
 from .preparing import check_trace, check_trainable, warn_of_room, warn_of_unknown, width_options
 from .removal import check_same_model
-from .report import Report
-from .shrinking import Average, Holders, check_holders, holders, network_in, shrink
+from .report import Report, report_of
+from .shrinking import Average, Holders, check_holders, holders, networks_in, shrink
 from .tracing import trace
 
 SAID_LATER = ("bytes_at", "place")
@@ -87,22 +90,23 @@ class Tailor(Gated):
         else:
             check_trace(channels, ignore, also, unused)
         check_same_model(model, channels)
-        super().__init__(model, channels)
-        self.channels = channels
-        self.budget = budget
         options |= width_options(model, channels, budget, multiple, latency)
         options |= {"maturity": maturity_of(model) if maturity is None else maturity}
-        self.controller = Controller(
-            channels, budget, steps=steps, min_width=min_width, device=self.gate.device, **options
-        )
+        # what is refused is refused before the model's modules are bound to gates
+        controller = Controller(channels, budget, steps=steps, min_width=min_width, device=device_of(model), **options)
+        super().__init__(model, channels)
+        self.channels, self.budget, self.controller = channels, budget, controller
         warn_of_room(self.controller.bounds, self.controller.dense)
-        self.weights_of_start = None if maturity is not None else _versions(model)
+        self.weights_of_start = None if maturity is not None else versions(model)
+        self.looked = False  # whether a forward pass has looked at them
         warn_of_unknown(channels)
         self.measured_at = "" if budget.latency is None else repr(latency)
         self.shrunk = False
         self.largest_gate_removed: float | None = None
         self.process_group = process_group
         self.group: Any = None
+        self.taken = 0  # calls of step(), after the network was made smaller too
+        self.follows = False  # whether this is a copy in an average, whose gates are those of the run that carries it
         self.checked = False  # whether the first step has found everything that holds the model fit to go on
         self.carried: list[tuple[Average, Average]] = []
         self.carry(*carry)
@@ -115,7 +119,8 @@ class Tailor(Gated):
 
     def _look_again(self) -> None:
         """Tell once more how far the network is trained if its weights were changed since, as by loading some."""
-        if self.controller.step_count == 0 and (now := _versions(self.model)) != self.weights_of_start:
+        self.looked = True
+        if self.controller.step_count == 0 and (now := versions(self.model)) not in (None, self.weights_of_start):
             self.weights_of_start = now
             self.controller.begin_with(maturity_of(self.model))
 
@@ -156,8 +161,8 @@ class Tailor(Gated):
                 "the network has been made smaller already. An average that is made from it now goes on by itself and "
                 "needs no carry(); one of the dense network had to be carried before."
             )
-        networks = [network_in(average, self.channels) for average in averages]
-        self.carried += zip(averages, networks, strict=True)
+        networks = [networks_in(average, self.model, self.channels) for average in averages]
+        self.carried += [(average, each) for average, found in zip(averages, networks, strict=True) for each in found]
         self._share_gates()
 
     def step(self, *optimizers: torch.optim.Optimizer, shrink: bool = True) -> bool:
@@ -179,6 +184,7 @@ class Tailor(Gated):
                 parameter that requires a gradient, an optimiser keeps what cannot be cut, or several processes train
                 and it is not called through DistributedDataParallel. Nothing has changed then.
         """
+        self._count_step()
         if self.shrunk:
             return False
         if not self.frozen and self.gate.grad is None and self.aside is None:
@@ -217,7 +223,22 @@ class Tailor(Gated):
             self._shrink([each for each in optimizers if each is not None])
         return self.model
 
+    def _count_step(self) -> None:
+        """Say once if many more steps are taken than were announced: the network became smaller too soon then."""
+        self.taken += 1
+        steps = self.controller.steps
+        if self.taken == max(steps + 20, steps * 21 // 20):
+            warnings.warn(
+                f"tailor.step() was called {self.taken} times, but steps={steps} was given: the network was made "
+                f"smaller at a step that suits a run of that length, too soon for this one. Give the number of "
+                f"optimiser steps of the whole run (epochs x batches), and call tailor.step() once per optimiser step.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
     def _move_gates(self) -> None:
+        if self.weights_of_start is not None and not self.looked:  # compiled: one step changes nothing that counts
+            self._look_again()
         gradient = self.aside if self.gate.grad is None else self.gate.grad
         gradient = gradient.detach()  # backward(create_graph=True) leaves the graph of the whole step at it
         if self.group is not None:  # what DistributedDataParallel does to the gradients of parameters
@@ -233,12 +254,13 @@ class Tailor(Gated):
 
     def _copies(self) -> list[Tailor]:
         """Return the copies of this Tailor in the averages that are carried."""
-        modules = [average.modules() for average, _ in self.carried if isinstance(average, nn.Module)]
-        return [module for each in modules for module in each if isinstance(module, Tailor)]
+        averages = {id(average): average for average, _ in self.carried if isinstance(average, nn.Module)}
+        modules = (module for average in averages.values() for module in average.modules())
+        return [module for module in modules if isinstance(module, Tailor) and module is not self]
 
     def _share_gates(self) -> None:
         for tailor in self._copies():
-            tailor.controller = self.controller
+            tailor.controller, tailor.follows = self.controller, True
             tailor.gate.data.copy_(self.gate.detach())
 
     def _group(self, found: Holders) -> Any:
@@ -282,19 +304,31 @@ class Tailor(Gated):
     # -----------------------------------------------------------------------------------------------------------------
     # Stopped and resumed
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def get_extra_state(self) -> Tensor:
+        """Return :meth:`progress` as uint8, for much takes what is in a ``state_dict()`` for tensors: timm's averages,
+        safetensors, checkpoints of accelerate and transformers.
+        """
+        return packed(self.progress())
+
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
+        """Go on where :meth:`get_extra_state` was taken; ``load_state_dict`` calls it before it copies any tensor."""
+        self.resume(unpacked(state) if isinstance(state, Tensor) else state)
+
+    def progress(self) -> dict[str, Any]:
         """Return what ``state_dict()`` has beside the model's tensors: the controller, and whose run it is of."""
         return {
             "run": self._run(),
             "controller": self.controller.state_dict(),
+            "taken": self.taken,
             "shrunk": self.shrunk,
             "largest_gate_removed": self.largest_gate_removed,
         }
 
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`get_extra_state` was taken; ``load_state_dict`` calls it before it copies any tensor.
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`progress` was taken.
 
-        If the network had been made smaller, it is so again, in place, with all that holds it.
+        If the network had been made smaller, it is so again, in place, with all that holds it. A copy in an average
+        that is carried keeps the gates of the run that carries it.
 
         Raises:
             ValueError: if the state is of another network, budget, ``steps`` or option; nothing has changed then.
@@ -315,6 +349,13 @@ class Tailor(Gated):
                 "this Tailor's network has been made smaller already, in another way than the state's: load it into a "
                 "fresh Tailor of the dense network."
             )
+        if self.follows:
+            if smaller:
+                raise ValueError(
+                    "this average's state is of a network that has been made smaller, and the Tailor that carries it "
+                    "has not: load the Tailor's state first."
+                )
+            return
         if smaller:
             found = holders(self.model)
             check_holders(self.model, self.channels, found, trained=False)
@@ -322,6 +363,7 @@ class Tailor(Gated):
         self.controller.load_state_dict(state["controller"])
         for name in ("importance", "dense_importance", "gate", "losing", "refused"):
             setattr(self.controller, name, getattr(self.controller, name).to(self.gate.device))
+        self.taken = state.get("taken", self.controller.step_count)
         self.gate.grad = self.aside = None
         self.gate.requires_grad_(not self.frozen)
         self.gate.data.copy_(self.controller.gate)
@@ -329,8 +371,6 @@ class Tailor(Gated):
         if smaller:
             self._end(state["largest_gate_removed"])
         self.largest_gate_removed = state["largest_gate_removed"]
-
-    progress, resume = get_extra_state, set_extra_state
 
     def _run(self) -> dict[str, Any]:
         controller, timed = self.controller, self.budget.latency is not None
@@ -356,36 +396,7 @@ class Tailor(Gated):
 
     def report(self) -> Report:
         """Return requested, current, floor and dense cost, utilisation, strength and widths, as a dict that prints."""
-        controller = self.controller
-        current = controller.cost_model.exact(self.open_units)
-        return Report(
-            requested=self.budget.as_dict(),
-            bounds=dict(controller.bounds),
-            dense=dict(controller.dense),
-            current=current,
-            floor=dict(controller.floor),
-            utilisation={name: current[name] / bound for name, bound in controller.bounds.items()},
-            strength=self.strength,
-            step=controller.step_count,
-            steps=controller.steps,
-            phase=controller.phase,
-            maturity=controller.maturity,
-            placed=controller.placed,
-            frozen=self.frozen,
-            multiple=controller.multiple,
-            measured=None if controller.measured is None else {**controller.measured, "at": self.measured_at},
-            refused_steps=int(controller.refused),
-            largest_gate_removed=self.largest_gate_removed,
-            widths=self.channels.widths(self.open_units),
-            dense_widths=self.channels.widths(),
-            unknown=self.channels.unknown,
-        )
-
-
-def _versions(model: nn.Module) -> list[tuple[int, int]]:
-    """Return what changes of each parameter when its values are: where they lie, and how often they were written."""
-    parameters = [parameter for parameter in model.parameters() if not parameter.is_inference()]
-    return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        return report_of(self)
 
 
 def _same(here: Any, there: Any) -> bool:

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # core follows in the same manner: a package imports the core and the packages before it, never what comes after.
 CORE = (
     *("cost", "memory", "explanation", "channels", "outputs", "gates", "state", "verification", "carrying", "removal"),
-    *("tracing", "maturity", "selection", "complaints", "controller", "preparing", "shrinking", "report", "tailor"),
-    *("storage", "foreign", "nets"),
+    *("tracing", "maturity", "selection", "complaints", "controller", "preparing", "shrinking", "report", "packing"),
+    *("tailor", "storage", "foreign", "nets"),
 )
 AROUND = ("hardware", "latency", "deploy", "datasets", "training", "study")
 
