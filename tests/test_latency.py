@@ -237,6 +237,37 @@ def test_the_state_of_another_place_is_refused():
     other.load_state_dict(state)
 
 
+def normless(convolution=nn.Conv2d):
+    """A network in which only the first convolution has a batch norm: all other layers carry gates themselves."""
+    torch.manual_seed(0)
+    stem = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()
+    body = nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), convolution(64, 64, 3, padding=1), nn.ReLU()
+    return nn.Sequential(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4))
+
+
+def test_layers_with_gates_of_their_own_are_in_the_table():
+    model, x = normless(), torch.randn(2, 3, 8, 8)
+    channels = tcp.trace(model, x)
+    expected = place(of_layer_too).cost(model, channels)
+    tailor = tailored(of_layer_too, {"latency": 0.5}, model=model, multiple=1)
+    names = [call.name for call in tables.layer_calls(model, (x[:1],), {})]
+    assert names == ["0", "3", "5", "9"] == [call.name for call in tables.layer_calls(normless(), (x[:1],), {})]
+    cost = tailor.controller.latency
+    assert list(cost.grids.rows) == list(expected.grids.rows)
+    price = cost.price({})["latency"]
+    assert all(price[family.units].min() > 0 for family in channels.families)
+    trained(tailor, 60)
+    kept = tailor.report()["widths"]
+    assert of_network(tailor.finish()) <= tailor.report()["bounds"]["latency"]
+    assert max(kept["3"], kept["5"]) < 64  # the units of neither are free
+
+
+def test_layers_that_can_be_narrowed_and_are_in_no_table_are_named():
+    own = type("Own", (nn.Conv2d,), {})
+    with pytest.warns(RuntimeWarning, match=r"1 layer\(s\) that can become narrower are in no table: 5\. They"):
+        tailored(of_layer_too, {"latency": 0.9}, model=normless(own))
+
+
 # -------------------------------------------------------------------------------------------------
 # The closed loop
 

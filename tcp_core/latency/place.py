@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -102,6 +103,7 @@ class Latency:
         if kwargs:
             raise LatencyError("latency is measured with positional inputs; give example_input as a tensor or a tuple.")
         calls = [call for call in layer_calls(model, args, kwargs) if _units(channels, call) is not None]
+        _warn_of_untimed(channels, calls)
 
         def measure(open_units: Tensor) -> tuple[Timing, Timing]:
             return self._on_first(lambda: self._beside_dense(model, channels, open_units))
@@ -251,6 +253,26 @@ def _units(channels: Channels, call: LayerCall) -> tuple[Tensor, Tensor] | None:
         for units, width in zip(slots[:2], call.widths[::-1], strict=True)
     )
     return (torch.tensor([-1]) if call.grouped else inputs), outputs
+
+
+def _warn_of_untimed(channels: Channels, calls: Sequence[LayerCall]) -> None:
+    """Warn of layers with units that may be removed and no row in the table."""
+    timed = {f"{call.name}.weight" for call in calls}
+    of_weight = {layer.weight: layer.name for layer in channels.layers if layer.weight not in timed}
+
+    def may_narrow(weight: str) -> bool:
+        units = [each[each >= 0] for each in channels.slots.get(weight, ())[:2] if each is not None]
+        return any(bool(channels.prunable[each].any()) for each in units)
+
+    if missing := [name for weight, name in of_weight.items() if may_narrow(weight)]:
+        names = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        warnings.warn(
+            f"latency: {len(missing)} layer(s) that can become narrower are in no table: {names}. They are not called "
+            f"as torch's own Conv1d, Conv2d, Conv3d or Linear, so their units count as free and are the last to go. "
+            f"What is delivered is measured all the same; build them of torch's own layers to have them priced.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _macs(call: LayerCall) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..gates import plain_class
 from .clock import LatencyError
 
 STEPS = (32, 16, 8, 4)
@@ -76,17 +77,19 @@ class LayerCall:
             inputs = groups * (module.in_channels // module.groups)
             outputs = groups * (module.out_channels // module.groups)
         options = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "padding_mode")}
-        layer = type(module)(inputs, outputs, module.kernel_size, groups=groups, bias=bias, **options)
+        layer = plain_class(module)(inputs, outputs, module.kernel_size, groups=groups, bias=bias, **options)
         return layer.eval(), batched(inputs, *self.shape[2:])
 
 
 def layer_calls(model: nn.Module, args: tuple, kwargs: dict) -> list[LayerCall]:
-    """Return the calls of torch's own convolutions and linear layers in the order in which they run, on one sample."""
+    """Return the calls of torch's own convolutions and linear layers, with gates of their own or without, in the order
+    in which they run, on one sample.
+    """
     names = {module: name for name, module in model.named_modules()}
     found: list[LayerCall] = []
 
     def note(module: nn.Module, inputs: tuple) -> None:
-        if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) and module in names:
+        if plain_class(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) and module in names:
             found.append(LayerCall(names[module], module, tuple(inputs[0].shape)))
 
     hook = nn.modules.module.register_module_forward_pre_hook(note)
