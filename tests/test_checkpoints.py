@@ -108,6 +108,61 @@ def test_a_checkpoint_with_one_number_of_images_for_loss_and_accuracy_is_gone_on
     same(whole, run(images, tmp_path))
 
 
+class Remembering(torch.nn.Module):
+    """A network whose outputs depend on a buffer that its state does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+        self.register_buffer("mean", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        if self.training and torch.is_grad_enabled():
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return self.net(x) * (1 + self.mean)
+
+
+class Following(torch.nn.Module):
+    """A loss or metric that follows its own mean, and draws from a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()), persistent=False)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, outputs, targets):
+        loss = torch.nn.functional.cross_entropy(outputs, targets) * self.mean.clone()
+        self.mean.mul_(0.9).add_(0.1 * loss.detach() + 0.01 * torch.rand((), generator=self.generator))
+        return loss
+
+
+def test_what_no_state_has_goes_on_too(images, tmp_path):
+    """Buffers that are not persistent, and those of a loss and of a metric, which may be inside of a function."""
+
+    def last(folder=None, stop=None):
+        torch.manual_seed(0)
+        following, judging = Following(), Following()
+        options = {"make": Remembering, "metric": judging, "loss": lambda *args: following(*args)}
+        result = run(images, folder, stop=stop, lr=0.02, **options)
+        return result, following.mean, judging.mean
+
+    (whole, *means), stops = last(), (10, 40)
+    for stop in stops:
+        with pytest.raises(Stop):
+            last(tmp_path, stop)
+    found, *again = last(tmp_path)
+    same(whole, found)
+    assert all(map(torch.equal, (*means, whole.model.mean), (*again, found.model.mean)))
+
+
+def test_a_checkpoint_without_buffers_beside_the_state_is_gone_on_from(images, whole, tmp_path):
+    with pytest.raises(Stop):
+        run(images, tmp_path, stop=10)
+    state = checkpoints.newest(tmp_path)
+    checkpoints.write(tmp_path, state["step"], {k: v for k, v in state.items() if k not in ("hidden", "judging")})
+    same(whole, run(images, tmp_path))
+
+
 @pytest.mark.parametrize("every", [1, *slow(16, 0)])
 def test_any_interval_will_do(images, whole, tmp_path, every):
     for stop in (1, 17, 33):

@@ -74,10 +74,15 @@ def warn_of_workers(**given: Any) -> None:
 
 
 def generators(**given: Any) -> dict[str, Any]:
-    """Return every random generator (torch's, NumPy's or Python's) that can be reached from ``given``, by name.
+    """Return every random generator (torch's, NumPy's or Python's) that can be reached from ``given``, by name."""
+    return reached((torch.Generator, np.random.Generator, np.random.RandomState, random.Random), **given)
 
-    Attributes, and members of short lists, tuples and dicts, are followed; each generator is named once, by the first
-    way that leads to it.
+
+def reached(kinds: type | tuple[type, ...], **given: Any) -> dict[str, Any]:
+    """Return every object of these kinds that can be reached from ``given``, by name.
+
+    Attributes, and members of short lists, tuples and dicts, are followed, but not into what is found; each object is
+    named once, by the first way that leads to it.
     """
     found, seen = {}, set()
     todo = deque(given.items())
@@ -86,7 +91,7 @@ def generators(**given: Any) -> dict[str, Any]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+        if isinstance(value, kinds):
             found[name] = value
         else:
             todo += [(f"{name}.{key}", each) for key, each in _within(value) if not isinstance(each, _LEAVES)]

@@ -26,6 +26,7 @@ from .identity import differences
 from .objective import Objective, in_full_precision, taught
 from .processes import alone, gathered, rank_and_world, share, summed, together
 from .randomness import random_state, set_random_state, warn_of_workers
+from .unsaved import buffers_in, hidden, put, put_into
 
 
 @dataclass
@@ -106,6 +107,11 @@ class Run:
         """The module whose parameters the optimiser holds; it is made smaller in mid-run."""
         return self.model if self.pruned is None else self.pruned.model
 
+    @property
+    def judging(self) -> dict[str, Any]:
+        """What of the user's judges outputs, and may be a module with buffers and random numbers of its own."""
+        return {"loss": self.objective.loss, "metric": self.objective.metric}
+
     def epoch(self, number: int, batches: Callable[[int], Iterable]) -> None:
         """Take the steps of epoch ``number`` (from 0) that are left: all, but where the run goes on in mid-epoch."""
         started = time.perf_counter()
@@ -143,11 +149,11 @@ class Run:
 
     def random_state(self) -> dict[str, Any]:
         """Return where the random numbers of this process stand."""
-        return random_state(self.device, **self.given, network=self.trained)
+        return random_state(self.device, **self.given, network=self.trained, **self.judging)
 
     def set_random_state(self, state: Mapping[str, Any]) -> None:
         """Go on with the random numbers where :meth:`random_state` was called."""
-        set_random_state(state, self.device, **self.given, network=self.trained)
+        set_random_state(state, self.device, **self.given, network=self.trained, **self.judging)
 
     def train(self, batches: Iterable[tuple[Tensor, Any]], position: int) -> None:
         """Take the epoch's step ``position``; what is not finite, loss or gradient, raises, and nothing has changed."""
@@ -244,6 +250,8 @@ class Run:
             **{name: getattr(self, name) for name in _STATE},
             "sums": gathered(self.sums.cpu()),
             "model": self.trained.state_dict(),
+            "hidden": hidden(self.trained),
+            "judging": gathered(buffers_in(self.trained, **self.judging)),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "pruned": None if self.pruned is None else self.pruned.progress(),
@@ -253,6 +261,9 @@ class Run:
     def restore(self, state: Mapping) -> None:
         """Go on where :meth:`state` was taken; ``pruned`` has been resumed before the optimiser was made."""
         self.trained.load_state_dict(state["model"])
+        if "hidden" in state:  # not in those of earlier versions
+            put(self.trained, state["hidden"])
+            put_into(self.trained, state["judging"][rank_and_world()[0]], **self.judging)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         for name in _STATE:
