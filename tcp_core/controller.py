@@ -18,7 +18,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -198,10 +199,25 @@ class Controller:
         """Take one step, after a backward pass: ``gradient`` is the loss's gradient with respect to the gates,
         ``[units]``.
 
-        A gradient that is not finite is refused: it moves nothing, is counted in ``refused`` and warned about.
+        A gradient that is not finite is refused: it moves nothing, is counted in ``refused`` and warned about. If a
+        measurement of latency fails, all is as before, and the step can be taken again.
         """
         if self.frozen:
             return
+        with self._all_or_nothing():
+            self._update(gradient)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        before, rows = {name: getattr(self, name) for name in _STATE}, len(self.trajectory)
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            del self.trajectory[rows:]
+            raise
+
+    def _update(self, gradient: Tensor) -> None:
         for name in ("importance", "dense_importance", "gate", "losing", "refused"):  # where the model was moved to
             setattr(self, name, getattr(self, name).to(gradient.device))
         finite = gradient.isfinite().all()
@@ -309,7 +325,7 @@ class Controller:
         spread = timings[winning.numpy().tobytes()].spread
         self.measured = {"latency": ms, "spread": spread, "networks": networks}
         if ms > targets["latency"]:
-            warnings.warn(complaints.above_latency(targets["latency"], ms, spread), RuntimeWarning, stacklevel=5)
+            warnings.warn(complaints.above_latency(targets["latency"], ms, spread), RuntimeWarning, stacklevel=6)
         return winning
 
     def _adapt(self, hard: Mapping[str, int]) -> None:
@@ -378,12 +394,12 @@ class Controller:
         losers = [family for family in silent if losing[family.units].any()]
         if losers and len(silent) < len(self.channels.families):
             self.unranked = True
-            warnings.warn(complaints.without_gradient(silent), RuntimeWarning, stacklevel=5)
+            warnings.warn(complaints.without_gradient(silent), RuntimeWarning, stacklevel=6)
 
     def _warn_refused(self) -> None:
         if (refused := int(self.refused)) > self.reported:
             closed = int((self.gate == 0).sum())
-            warnings.warn(complaints.not_finite(refused - self.reported, closed), RuntimeWarning, stacklevel=4)
+            warnings.warn(complaints.not_finite(refused - self.reported, closed), RuntimeWarning, stacklevel=5)
             self.reported = refused
 
     def state_dict(self) -> dict[str, Any]:

@@ -485,6 +485,50 @@ def test_a_table_that_was_interrupted_goes_on(resnet, tmp_path):
     assert 0 < clock.layers < 50
 
 
+def test_a_table_that_lacks_nothing_is_not_written_and_one_that_cannot_be_stops_nothing(resnet, tmp_path, monkeypatch):
+    model, channels = resnet
+    path = tmp_path / "latency.json"
+    place(of_layer_too, table=path).cost(model, channels)
+    before = path.stat().st_ino, path.stat().st_mtime_ns
+    latency = place(of_layer_too, table=path)
+    latency.cost(model, channels)
+    latency.likes()
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == before  # it may be where nothing can be written
+
+    def full(here, there):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tables.os, "replace", full)
+    with pytest.warns(RuntimeWarning, match=r"cannot be written to .*No space left"):
+        cost = place(of_layer_too, table=tmp_path / "other.json").cost(model, channels)
+    assert [each.name for each in tmp_path.iterdir()] == ["latency.json"]
+    assert list(cost.grids.rows) == list(latency.cost(model, channels).grids.rows)
+
+
+def test_a_measurement_that_fails_in_mid_step_leaves_the_step_to_be_taken_again():
+    failing = []
+
+    def clock(network):
+        if failing:
+            raise ConnectionError("the phone is unplugged")
+        return of_network(network)
+
+    def run(fail):
+        tailor = tailored(functools.wraps(of_network)(clock), {"latency": 0.8})
+        controller = tailor.controller
+        trained(tailor, controller.end - controller.lookahead)
+        nn.functional.cross_entropy(tailor(torch.ones(4, 3, 8, 8)), torch.arange(4)).backward()
+        if fail:
+            failing.append(True)
+            with pytest.raises(ConnectionError):
+                tailor.step(shrink=False)
+            failing.clear()
+        tailor.step(shrink=False)
+        return controller.state_dict()
+
+    torch.testing.assert_close(run(fail=True), run(fail=False), rtol=0, atol=0, equal_nan=True)
+
+
 def test_tables_of_other_places_and_no_tables_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "latency.json"
     Table({**place(of_layer_too).place, "device": "a phone", "batch": 8}, path=path).save()

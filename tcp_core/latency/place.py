@@ -132,7 +132,6 @@ class Latency:
 
     def _filled(self, calls: Sequence[LayerCall]) -> Table:
         fill_in(self.table, calls, self.backend, self.batch, self.progress)
-        self.table.save()
         return self.table
 
     def _beside_dense(self, model: nn.Module, channels: Channels, open_units: Tensor) -> tuple[Timing, Timing]:

@@ -6,9 +6,11 @@ measured first; between two of them a layer costs what it costs at the upper one
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,14 +160,25 @@ class Table:
         return found
 
     def save(self) -> None:
-        """Write the file beside its place, then move it there."""
+        """Write the file beside its place, then move it there; warn where that cannot be, for a run can go on."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {name: getattr(self, name) for name in ("place", "steps", "ms_per_byte", "layers")}
         beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            os.replace(beside, self.path)
+        except OSError as error:
+            warnings.warn(
+                f"the table of latencies cannot be written to {self.path} ({error}). This run goes on with what it has "
+                f"measured; the next one will measure it again.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        finally:
+            with contextlib.suppress(OSError):
+                beside.unlink()
 
     def missing(self, calls: Sequence[LayerCall]) -> list[LayerCall]:
         """Return one call for each key that has not been measured."""
@@ -173,7 +186,9 @@ class Table:
 
 
 def fill_in(table: Table, calls: Sequence[LayerCall], backend, batch: int, progress: bool) -> None:
-    """Measure what the table lacks, with a progress bar, and save it after each layer."""
+    """Measure what the table lacks, with a progress bar, and save it after each layer; one that lacks nothing is not
+    written, for it may be where nothing can be.
+    """
     missing = table.missing(calls)
     if not missing and table.steps:
         return
@@ -185,6 +200,7 @@ def fill_in(table: Table, calls: Sequence[LayerCall], backend, batch: int, progr
     if not table.steps:
         table.steps = _steps(backend)
         table.ms_per_byte = _ms_per_byte(backend, batch)
+        table.save()
     with _bar(len(missing), progress) as bar:
         for call in missing:
             coarse = ms(call, *call.widths) > LONG
