@@ -228,10 +228,13 @@ def test_a_label_without_an_output_is_named(images):
     batches = list(train.batches(BATCH))
     batches[2][1][3] = 10
     before = (model := network()).state_dict()["linear.weight"].clone()
+    seen = []
     message = r"label 10 in {}, but the network has 10 outputs: 0 to 9\. Correct the labels"
     with pytest.raises(ValueError, match=message.format("batch 3 of epoch 1")):
-        fit(model, batches, epochs=1)
+        fit(model, batches, epochs=1, on_step=lambda *_: seen.append(copy.deepcopy(model.state_dict())))
     assert not torch.equal(before, model.state_dict()["linear.weight"])  # two steps were taken
+    for name, value in seen[1].items():  # and nothing of the third
+        assert torch.equal(model.state_dict()[name], value), name
     with pytest.raises(ValueError, match=message.format("held-out batch 3")):
         evaluate(model, batches)
     small = nets.small_resnet(widths=(4, 8, 12), num_classes=9)
@@ -428,6 +431,20 @@ def test_a_teacher_may_be_the_model_itself(images, mixing):
     x, _ = next(iter(images[1].batches(180)))
     with torch.no_grad():
         assert float(objective.distillation(model.eval()(x), start.eval()(x), 4.0)) < 1
+
+
+def test_a_teacher_is_given_whole_numbers_as_they_are():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.hidden, self.out = nn.Embedding(20, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.out(self.hidden(self.words(x).mean(1)).relu())
+
+    batches = [(torch.randint(0, 20, (8, 5)), torch.randint(0, 3, (8,))) for _ in range(4)]
+    result = fit(Words(), batches, epochs=20, budget={"macs": 0.5}, teacher=Words(), multiple=1)
+    assert result.report["current"]["macs"] <= result.report["bounds"]["macs"]
 
 
 def test_a_teacher_of_other_classes_is_refused(images):

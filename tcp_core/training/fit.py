@@ -168,7 +168,7 @@ def fit(
     recipe |= {"processes": rank_and_world()[1]}
     recipe |= {"lr": of_optimizer["groups"][0].get("lr"), "optimizer": of_optimizer}
     recipe |= {"warmup": warmup, "restart": restart, "schedule": schedule}
-    recipe |= {"clip": clip, "ema": ema, **objective.described(), "loss": loss, "metric": metric, "augment": augment}
+    recipe |= {"clip": clip, "ema": ema, "loss": loss, "metric": metric, **objective.described(), "augment": augment}
     recipe |= {"mixing": mixing, "accumulate": accumulate, "sync_batch_norm": sync_batch_norm}
     recipe |= {"precision": precision, "seed": seed, "bounds": {} if pruned is None else _bounds(pruned.report())}
     recipe |= {} if budget is None else {"bytes_at": Budget.of(budget).bytes_at(), "place": pruned.measured_at}

@@ -55,7 +55,7 @@ class Guard:
             what = f"the loss is {loss.item():.4g}, but the gradient of {bad[0]!r}{more} is not finite at step {step}"
         else:
             what = f"in another process the loss or a gradient is not finite at step {step}"
-        self._put_back()
+        self.put_back()
         spoiled = [name for name, p in trained.named_parameters() if not _all_finite(p)]
         before = (
             f" Already before it weights were not finite ({spoiled[0]!r}): an earlier step spoiled them, so start "
@@ -70,7 +70,8 @@ class Guard:
         )
 
     @torch.no_grad()
-    def _put_back(self) -> None:
+    def put_back(self) -> None:
+        """Have running statistics be as before the step, and gradients gone."""
         self.network.zero_grad()  # of the gates too
         for module, held in self.buffers:
             module._buffers.clear()

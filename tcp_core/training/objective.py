@@ -86,13 +86,12 @@ class Objective:
         return ((right & known).sum(1) / known.sum(1).clamp(min=1)).sum(), known.any(1).sum()
 
     def described(self) -> dict[str, Any]:
-        """Return, in plain values, what tells this objective from another one."""
-        names = {name: _name(getattr(self, name)) for name in ("loss", "metric")}
+        """Return, in plain values, what tells this objective from another one of the same functions."""
         taught = {"teacher": None}
         if self.teacher is not None:
             taught = {"teacher": _fingerprint(self.teacher), "teacher_weight": float(self.teacher_weight)}
             taught["temperature"] = float(self.temperature)
-        return {**names, "label_smoothing": float(self.label_smoothing), **taught}
+        return {"label_smoothing": float(self.label_smoothing), **taught}
 
 
 def check_labels(outputs: Any, targets: Any, where: str) -> None:
@@ -137,10 +136,10 @@ def teacher_of(model: nn.Module | None, device: torch.device) -> nn.Module | Non
 
 
 def taught(teacher: nn.Module, x: Tensor) -> Any:
-    """Return the teacher's outputs, computed in its own precision."""
+    """Return the teacher's outputs, computed in its own precision; whole numbers stay what they are."""
     parameter = next(teacher.parameters(), x)
     with torch.no_grad():
-        return teacher(x.to(parameter.dtype))
+        return teacher(x.to(parameter.dtype) if x.is_floating_point() else x)
 
 
 def check_teacher(outputs: Any, lesson: Any) -> None:
@@ -168,10 +167,6 @@ def size_of(targets: Any) -> int:
     """Return the number of images that targets (a tensor, or tuples, lists and dicts of some) belong to."""
     tensors = [leaf for leaf in pytree.tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.ndim]
     return len(tensors[0]) if tensors else len(targets)
-
-
-def _name(function: Any) -> str | None:
-    return None if function is None else getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _fingerprint(model: nn.Module) -> str:

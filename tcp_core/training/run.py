@@ -156,14 +156,20 @@ class Run:
         set_random_state(state, self.device, **self.given, network=self.trained, **self.judging)
 
     def train(self, batches: Iterable[tuple[Tensor, Any]], position: int) -> None:
-        """Take the epoch's step ``position``; what is not finite, loss or gradient, raises, and nothing has changed."""
+        """Take the epoch's step ``position``; a loss or gradient that is not finite, or a label that is none, raises,
+        and nothing has changed.
+        """
         guard = Guard(self.network)
         sums, total = self.sums, 0.0
         self.optimizer.zero_grad()
         for number, (x, y) in enumerate(batches, 1):
             with alone(self.called) if number < self.accumulate else nullcontext():
                 where = f"batch {position * self.accumulate + number} of epoch {len(self.history) + 1}"
-                outputs, loss = self.forward(channels_last(x), y, where)
+                try:
+                    outputs, loss = self.forward(channels_last(x), y, where)
+                except ValueError:  # of a label, say, which can be told wrong by the outputs alone
+                    guard.put_back()
+                    raise
                 (loss / self.accumulate).backward()
             (score, scored), weight = self.objective.score(outputs, y), self.objective.weight(y, len(x)).to(self.device)
             seen = (loss.detach() * weight, score, weight, scored)
