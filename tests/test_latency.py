@@ -210,6 +210,33 @@ def test_fit_passes_the_place_on_and_goes_on_from_checkpoints_although_the_clock
         run(wrong_table, checkpoints=tmp_path, checkpoint_every=4)
 
 
+def test_a_run_goes_on_although_the_machine_has_become_too_slow_for_it(tmp_path):
+    x, y = torch.randn(64, 3, 8, 8), torch.randint(0, 4, (64,))
+    batches = list(zip(x.split(8), y.split(8), strict=True))
+
+    def run(clock, stop=None, **options):
+        def on_step(step, steps):
+            if step == stop:
+                raise KeyboardInterrupt
+
+        torch.manual_seed(0)
+        options |= {"latency": place(clock), "phase": (0.0, 1.0), "lr": 0.01, "on_step": on_step}
+        return tcp.fit(small_net(), batches, budget={"latency": "0.45 ms"}, epochs=4, **options)
+
+    expected, slower = run(of_network), drifted(of_network, 3.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(of_network, 12, checkpoints=tmp_path, checkpoint_every=4)
+    found = run(slower, checkpoints=tmp_path, checkpoint_every=4)
+    assert found.report["bounds"] == expected.report["bounds"]
+    torch.testing.assert_close(found.model.state_dict(), expected.model.state_dict(), rtol=0, atol=0)
+    with pytest.raises(tcp.BudgetError, match="below the floor"):  # another run is measured
+        run(slower)
+    state = (tailor := tailored(of_network, {"latency": "0.45 ms"})).state_dict()
+    again = tailored(None, {"latency": "0.45 ms"}, latency=place(slower).as_of(state))
+    again.load_state_dict(state)
+    assert again.report()["current"] == pytest.approx(tailor.report()["current"])
+
+
 def drifted(clock, factor):
     """The same place, whose clock has become slower."""
     return functools.wraps(clock)(lambda *args: factor * clock(*args))

@@ -80,20 +80,22 @@ class LatencyCost:
         ms_per_byte: float,
         measure: Callable[[Tensor], tuple[Timing, Timing]] | None,
         noise: float,
+        known: Mapping[str, float] | None = None,
     ) -> None:
         self.counts, self.grids, self.ms_per_byte = counts, grids, ms_per_byte
         self.calibration: dict[str, float] = {}
         self._offset, self._slope, self._scale = 0.0, 1.0, 1.0
-        self._measure, self.noise = measure, noise
+        self._measure, self.noise, self.known = measure, noise, known
         self._layers, self._traffic = counts.terms["layers"], counts.terms["traffic"]
 
     def calibrate(self, smallest: Tensor, known: Mapping[str, float] | None = None) -> None:
         """Bring the model into line with the dense and the ``smallest`` network, measured now or, in a run that goes
-        on, ``known`` from when it began.
+        on, ``known`` from when it began, here or at construction.
 
         Raises:
             LatencyError: if repeated measurements are too far apart.
         """
+        known = self.known if known is None else known
         if known is None:
             timing, dense = self._measure(smallest)
             if (spread := max(timing.spread, dense.spread)) > self.noise:

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,6 +83,7 @@ class Latency:
         self.backend = backend_of(backend, threads, device, provider)
         self.backend.check()
         self.batch, self.noise, self.seconds, self.progress = batch, noise, seconds, progress
+        self.known: Mapping[str, float] | None = None
         self.place = {**self.backend.identity(), "batch": batch, "threads": threads}
         if table is None and not callable(backend):
             key = hashlib.sha256(repr(sorted(self.place.items())).encode()).hexdigest()[:12]
@@ -92,6 +93,20 @@ class Latency:
 
     def __repr__(self) -> str:
         return f"Latency({', '.join(f'{key} {value}' for key, value in self.place.items())})"
+
+    def as_of(self, state: Mapping[str, Any]) -> Latency:
+        """Return this place as it was when a run began, for the Tailor that is to go on with it: its dense and its
+        smallest network are not measured anew, so a machine that is slower by now, or busy, does not refuse it.
+
+        ``state`` is the run's ``tailor.state_dict()``.
+        """
+        return self.knowing(state.get("_extra_state", state)["controller"].get("calibration"))
+
+    def knowing(self, calibration: Mapping[str, float] | None) -> Latency:
+        """Return this place with what :attr:`LatencyCost.calibration` was; None: it is measured."""
+        place = copy.copy(self)
+        place.known = calibration
+        return place
 
     def cost(self, model: nn.Module, channels: Channels) -> LatencyCost:
         """Return the latency of the networks that ``model`` can be made into, as a cost; layers are timed if need be.
@@ -113,7 +128,7 @@ class Latency:
             counts = self._counts(channels, calls)
             tables = [self.table.layers[call.key] for call in calls]
             steps = self.table.steps["in"], self.table.steps["out"]
-            return LatencyCost(counts, Grids(tables, steps), self.table.ms_per_byte, measure, self.noise)
+            return LatencyCost(counts, Grids(tables, steps), self.table.ms_per_byte, measure, self.noise, self.known)
         fitted = self._on_first(lambda: self._fitted(model, channels, calls))
         return self._by_macs(channels, calls, *fitted, measure)
 
@@ -222,7 +237,8 @@ class Latency:
                     "ms": [[per_pair * i * o for o in sorted(right)] for i in sorted(left)],
                 }
             )
-        return LatencyCost(self._counts(channels, calls), Grids(tables, steps), per_byte, measure, self.noise)
+        grids = Grids(tables, steps)
+        return LatencyCost(self._counts(channels, calls), grids, per_byte, measure, self.noise, self.known)
 
     @staticmethod
     def _on_first(function: Callable[[], T]) -> T:

@@ -19,12 +19,13 @@ from ..tracing import trace
 from . import identity
 from .averaging import Average
 from .batches import by_epoch, channels_last, check_batch_size, mixer
+from .checkpoints import newest
 from .evaluation import PRECISIONS, autocast, check_precision, device_of
 from .frames import printed, say
 from .objective import Objective, check_labels, check_teacher, in_full_precision, taught, teacher_of
 from .processes import agree, plain_batch_norms, rank_and_world, synchronised, together
 from .recipe import Optimise, Schedule, described, optimise, scheduled
-from .run import FitResult, Run, resumable
+from .run import FitResult, Run, check_resumable, differing
 
 
 def fit(
@@ -140,6 +141,8 @@ def fit(
     given = {"epochs": epochs, "seed": seed, "accumulate": accumulate, "checkpoint_every": checkpoint_every}
     given |= {"warmup": warmup, "restart": restart, "clip": clip, "ema": ema}
     _check(given | {"teacher_weight": teacher_weight, "temperature": temperature}, tailoring)
+    _check_pruning(budget, prune, tailoring)
+    budget = None if budget is None else Budget.of(budget)
     _check_objective(loss, label_smoothing, teacher, teacher_weight, temperature)
     mix = mixer(mixing, train)
     optimised, following = optimise(optimizer, lr, momentum, weight_decay), scheduled(schedule, warmup, restart)
@@ -161,7 +164,6 @@ def fit(
     objective = Objective(loss, metric, label_smoothing, teacher, teacher_weight, temperature)
     _check_outputs(model, example, objective, precision, train, val)
     of_optimizer = described(optimised(model))
-    pruned = _pruned(model, example, channels, steps, budget, prune, tailoring)
     # the network comes first: where it differs, so do its costs and bounds
     recipe = {"shapes": channels.shapes, "model": type(model).__qualname__, **channels.cost()}
     recipe |= {"epochs": epochs, "steps": steps, "batch_size": len(first_batch), "images": _images(train)}
@@ -170,15 +172,21 @@ def fit(
     recipe |= {"warmup": warmup, "restart": restart, "schedule": schedule}
     recipe |= {"clip": clip, "ema": ema, "loss": loss, "metric": metric, **objective.described(), "augment": augment}
     recipe |= {"mixing": mixing, "accumulate": accumulate, "sync_batch_norm": sync_batch_norm}
-    recipe |= {"precision": precision, "seed": seed, "bounds": {} if pruned is None else _bounds(pruned.report())}
-    recipe |= {} if budget is None else {"bytes_at": Budget.of(budget).bytes_at(), "place": pruned.measured_at}
+    recipe |= {"precision": precision, "seed": seed, "bounds": {}}
+    recipe |= {} if budget is None else {"bytes_at": budget.bytes_at(), "place": _place(budget, tailoring)}
     recipe |= {"prune": Tailor if budget is not None else prune, "units": channels.units}
     recipe |= {"prunable": int(channels.prunable.sum())} | ({} if budget is None else _options(tailoring))
     recipe = identity.described(recipe)
     agree(recipe)
-    agree({"maturity": None if pruned is None else pruned.report().get("maturity")})  # of the weights they start with
-    saved = resumable(checkpoints, recipe)
+    saved = None if checkpoints is None else newest(checkpoints)
     agree({"checkpoint": saved and saved["step"]})  # not if each machine has a folder of its own
+    pruned = _pruned(model, example, channels, steps, budget, prune, _as_of(saved, recipe, budget, tailoring))
+    if pruned is not None:
+        recipe["bounds"] = identity.described(_bounds(pruned.report()))
+    agree({"bounds": recipe["bounds"]})
+    agree({"maturity": None if pruned is None else pruned.report().get("maturity")})  # of the weights they start with
+    if checkpoints is not None:
+        check_resumable(checkpoints, saved, recipe)
     if saved and pruned is not None:
         pruned.resume(saved["pruned"])
     trained = model if pruned is None else pruned.model
@@ -298,14 +306,36 @@ def _bounds(report: Mapping) -> dict:
     return bounds | {"latency": str(report["requested"]["latency"])} if "latency" in bounds else bounds
 
 
-def _pruned(model, example, channels: Channels, steps: int, budget, prune, tailoring: dict) -> nn.Module | None:
-    """Return what makes the network smaller and is called in its place; None to train it as it is."""
+def _place(budget: Budget, tailoring: Mapping[str, Any]) -> str:
+    """Return where latency is measured, as a Tailor says it."""
+    return "" if budget.latency is None else repr(tailoring.get("latency"))
+
+
+def _as_of(saved: Mapping | None, recipe: Mapping, budget: Budget | None, tailoring: dict) -> dict:
+    """Return the options of a Tailor, the place of latency as it was when this run began if it goes on: measured anew,
+    a machine that is slower or busy by now would refuse it.
+    """
+    latency = tailoring.get("latency")
+    if saved is None or budget is None or budget.latency is None or latency is None:
+        return tailoring
+    bounds = saved["recipe"].get("bounds", {})
+    if differing(saved, {**recipe, "bounds": bounds}) or bounds.get("latency") != str(budget.latency):
+        return tailoring  # another run, which is refused once its own bounds are known
+    return tailoring | {"latency": latency.as_of(saved["pruned"])}
+
+
+def _check_pruning(budget: Any, prune: Any, tailoring: Mapping[str, Any]) -> None:
+    """Refuse what does not go together."""
     if budget is not None and prune is not None:
         raise TypeError("give budget or prune, not both: prune brings its own budget.")
     if isinstance(budget, list | tuple):
         raise TypeError("budget is one Budget or dict; tcp.ladder(..., budgets=[...]) goes down a list of them.")
+    if budget is None and tailoring:
+        raise TypeError(f"options {sorted(tailoring)} need a budget; without one the dense network is trained.")
+
+
+def _pruned(model, example, channels: Channels, steps: int, budget, prune, tailoring: dict) -> nn.Module | None:
+    """Return what makes the network smaller and is called in its place; None to train it as it is."""
     if budget is not None:
         return Tailor(model, example, budget=budget, steps=steps, channels=channels, **tailoring)
-    if tailoring:
-        raise TypeError(f"options {sorted(tailoring)} need a budget; without one the dense network is trained.")
     return None if prune is None else prune(model, channels, steps)

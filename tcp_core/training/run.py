@@ -19,7 +19,7 @@ from ..report import Report
 from ..tailor import SAID_LATER, Tailor
 from .averaging import Average
 from .batches import channels_last, to_their_end
-from .checkpoints import CheckpointError, newest, plain, prepare, write
+from .checkpoints import CheckpointError, plain, prepare, write
 from .evaluation import PRECISIONS, autocast, validated
 from .guard import Guard
 from .identity import differences
@@ -303,18 +303,18 @@ class Run:
 _STATE = ("recipe", "step", "history", "frozen_at", "seconds", "epoch_random")
 
 
-def resumable(checkpoints: str | Path | None, recipe: dict) -> dict | None:
-    """Return the newest checkpoint, which must be of this run."""
-    if checkpoints is None:
-        return None
+def differing(saved: Mapping, recipe: Mapping) -> list[str]:
+    """Return what of a run's recipe is not as in a checkpoint."""
+    then = saved.get("recipe", {})
+    return differences(then, {name: each for name, each in recipe.items() if name in then or name not in SAID_LATER})
+
+
+def check_resumable(checkpoints: str | Path, saved: Mapping | None, recipe: Mapping) -> None:
+    """Raise CheckpointError unless checkpoints can be written, and the newest one is of this run."""
     prepare(checkpoints)
-    saved = newest(checkpoints)
-    then = {} if saved is None else saved.get("recipe", {})
-    now = {name: value for name, value in recipe.items() if name in then or name not in SAID_LATER}
-    if saved is not None and (differing := differences(then, now)):
-        more = f"; {len(differing) - 5} more differ" if len(differing) > 5 else ""
+    if saved is not None and (found := differing(saved, recipe)):
+        more = f"; {len(found) - 5} more differ" if len(found) > 5 else ""
         raise CheckpointError(
-            f"{checkpoints} has checkpoints of another run: {'; '.join(differing[:5])}{more}. Run it as it was begun "
+            f"{checkpoints} has checkpoints of another run: {'; '.join(found[:5])}{more}. Run it as it was begun "
             f"to go on with it, delete them to start anew, or choose another folder."
         )
-    return saved
