@@ -409,9 +409,16 @@ def test_defaults_that_are_written_out_are_the_same_run(images, whole, tmp_path)
 def test_removing_checkpoints_leaves_other_files(tmp_path):
     checkpoints.prepare(tmp_path / "c")
     checkpoints.write(tmp_path / "c", 1, {"x": torch.ones(2)})
-    (tmp_path / "c" / "other").write_text("")
+    left = tmp_path / "c" / ".000000002.ckpt.0a1b2c3d.part"  # by a run that was killed as it wrote
+    for name in ("other", "000000001.part", "000000002.part", left.name):
+        (tmp_path / "c" / name).write_text("mine")
+    checkpoints.write(tmp_path / "c", 2, {"x": torch.ones(2)})
+    assert not left.exists()
+    left.write_text("")
     checkpoints.remove(tmp_path / "c")
-    assert [path.name for path in (tmp_path / "c").iterdir()] == ["other"]
+    mine = ["000000001.part", "000000002.part", "other"]
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == mine
+    assert all((tmp_path / "c" / name).read_text() == "mine" for name in mine)
     assert checkpoints.newest(tmp_path / "c") is checkpoints.newest(tmp_path / "absent") is None
     checkpoints.remove(tmp_path / "absent")
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,28 +61,55 @@ def write(folder: str | Path, step: int, state: Mapping[str, Any]) -> Path:
     """
     folder, state = Path(folder), plain(state)
     path = folder / f"{step:09d}.ckpt"
-    part = path.with_suffix(".part")
     try:
-        with part.open("wb") as file:
-            file.write(_header(""))
-            body = _Hashing(file)
-            torch.save(state, body)
-            file.seek(0)
-            file.write(_header(body.hash.hexdigest()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        _sync(folder)
-        for old in [each for each in _found(folder) if _step(each) <= step][:-KEPT]:
-            old.unlink()
+        write_file(path, state)
+        for old in ([each for each in _found(folder) if _step(each) <= step][:-KEPT], _parts(folder)):
+            for each in old:
+                each.unlink()
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
         left = ", ".join(old.name for old in _found(folder)) or "none"
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {folder} ({error}). Free space there or choose "
             f"another folder, and run again: it goes on from the last good checkpoint ({left})."
         ) from error
     return path
+
+
+def write_file(path: Path, state: Mapping[str, Any]) -> None:
+    """Write ``state``, which :func:`plain` has made, to one file."""
+    with beside(path) as part, part.open("wb") as file:
+        file.write(_header(""))
+        body = _Hashing(file)
+        torch.save(state, body)
+        file.seek(0)
+        file.write(_header(body.hash.hexdigest()))
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(path.parent)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Return the state in one file; raise CheckpointError if it cannot be read."""
+    try:
+        return _read(path)
+    except _Damaged as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Yield a name beside ``path`` that no other file has; what is written there is moved to ``path`` at the end."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Return what :func:`beside` leaves where a run is killed as it writes a checkpoint."""
+    return [path for path in folder.glob(".*.part") if re.fullmatch(r"\.\d+\.ckpt\.[0-9a-f]{8}\.part", path.name)]
 
 
 def newest(folder: str | Path) -> dict[str, Any] | None:
@@ -117,7 +146,7 @@ def newest(folder: str | Path) -> dict[str, Any] | None:
 def remove(folder: str | Path) -> None:
     """Delete all checkpoints in ``folder``, and the folder if nothing else is in it."""
     folder = Path(folder)
-    for path in (*_found(folder), *folder.glob("*.part")):
+    for path in (*_found(folder), *_parts(folder)):
         path.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
