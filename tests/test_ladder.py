@@ -91,6 +91,36 @@ def test_latency_falls_from_rung_to_rung_in_parts_of_the_dense_network_s(images,
         descend(images, latency=tcp.Latency(slow_clock, progress=False), **how)
 
 
+def test_a_ladder_of_latency_goes_on_though_the_machine_is_never_twice_the_same(images, tmp_path):
+    factors = iter([1.0] * 1000)
+
+    def shaking(network):
+        return clock(network, next(factors))
+
+    def run(stop=None, budgets=({"latency": 0.8}, {"latency": 0.5}), **options):
+        def on_epoch(row):
+            if row["epoch"] == stop:
+                raise Stop
+
+        latency = tcp.Latency(shaking, progress=False)
+        return descend(images, budgets=budgets, epochs=8, latency=latency, on_epoch=on_epoch, **options)
+
+    expected = run(budgets=[{"latency": 0.8}]).models[0]
+    with pytest.raises(Stop):
+        run(3, folder=tmp_path)
+    factors = iter([1.01] * 1000)
+    with pytest.raises(Stop):
+        run(12, folder=tmp_path)
+    factors = iter([3.0, *[2.9] * 1000])
+    with pytest.raises(ValueError, match=r"holds a ladder with latency \['0.8', '0.5'\], and \['0.8', '0.6'\]"):
+        run(budgets=[{"latency": 0.8}, {"latency": 0.6}], folder=tmp_path)
+    found = run(folder=tmp_path)
+    torch.testing.assert_close(found.models[0].state_dict(), expected.state_dict(), rtol=0, atol=0)
+    # the second rung began on the machine as it was by then, with the milliseconds of the ladder's start
+    assert 0.9 * 0.5 / 1.01 <= clock(found.models[1]) / clock(build()) <= 0.5
+    assert found.table["latency_share"].iloc[1] <= 0.5
+
+
 def test_epochs_are_counted_on(curve):
     assert curve.history["epoch"].to_list() == list(range(1, 27))
     assert curve.history.groupby("rung").size().to_list() == [10, 8, 8]
@@ -153,6 +183,39 @@ def test_a_ladder_that_was_stopped_ends_as_if_it_had_not_been(curve, images, tmp
     small = tcp.load(build(seed=5), tmp_path / "rung2.safetensors")
     x = images[1].pixels[:4].float()
     assert torch.equal(small.eval()(x), curve.models[1].eval()(x))
+
+
+def test_a_rung_starts_with_the_random_numbers_and_the_loss_that_it_would_have_had(images, tmp_path):
+    class Following(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.ones(()))
+
+        def forward(self, outputs, targets):
+            loss = torch.nn.functional.cross_entropy(outputs, targets) * (1 + 0.1 * self.mean.clamp(max=2))
+            self.mean.mul_(0.9).add_(0.1 * loss.detach())
+            return loss
+
+    def run(stop=None, **options):
+        steps = []
+
+        def on_step(step, of):
+            steps.append(step)
+            if len(steps) == stop:
+                raise Stop
+
+        model = build()
+        model.linear = torch.nn.Sequential(torch.nn.Dropout(0.2), model.linear)
+        options |= {"budgets": [{"macs": 0.7}, {"macs": 0.4}], "epochs": 6, "loss": Following(), "on_step": on_step}
+        return descend(images, model, **options)
+
+    whole = run()
+    with pytest.raises(Stop):
+        run(61, folder=tmp_path)  # the first step of the second rung, of which there is no checkpoint
+    again = run(folder=tmp_path)
+    for one, other in zip(again.models, whole.models, strict=True):
+        torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_another_ladder_in_the_folder_is_refused(images, tmp_path):

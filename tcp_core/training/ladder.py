@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,10 @@ from .evaluation import device_of
 from .fit import fit
 from .frames import printed, say, training_cost
 from .identity import described
-from .processes import agree, rank_and_world
+from .processes import agree, gathered, rank_and_world
+from .randomness import random_state, set_random_state
 from .run import FitResult
+from .unsaved import buffers_in, put_into
 
 
 @dataclass
@@ -107,19 +108,28 @@ def ladder(
         options["teacher"] = copy.deepcopy(options["teacher"])  # the network itself gets smaller
     device = device_of(model, options.get("device"))
     model.to(device)  # as fit does
-    dense, bounds = _planned(model, train, budgets, epochs, options)
+    place = None if folder is None else _Folder(Path(folder))
+    done = [] if place is None else place.rungs
+    agree({"rungs": len(done), "begun": place is not None and bool(place.plan)})  # one folder for all
+    timed = None if place is None else place.timed
+    dense, bounds, timed = _planned(model, train, budgets, epochs, options, timed)
     said = {
         name: repr(value) if isinstance(value, Latency) else described(value)
         for name, value in sorted(options.items())
         if name not in UNSAID
     }
     plan = {"bounds": bounds, "epochs": epochs, "dense": dense, "options": said}
-    place = None if folder is None else _Folder(Path(folder), json.loads(json.dumps(plan)))
-    done = [] if place is None else place.read()
-    agree({"rungs": len(done)})  # not if each machine has a folder of its own
+    if any(timed):
+        plan["latency"] = [str(budget.latency) for budget in budgets]
+    if place is not None:
+        dense, bounds = place.begin(plan, timed)
     models = [] if place is None else [place.network(model, rung) for rung in range(len(done))]
     if models:
         model = copy.deepcopy(models[-1]).to(device)
+
+    around = {"train": train, "val": val, **{name: options.get(name) for name in ("loss", "metric")}}
+    if done and len(done) < len(budgets):
+        place.restore(len(done), model, device, around)
 
     silent = on_epoch is not None or options.get("on_step") is not None if verbose is None else not verbose
     shown = not silent and rank_and_world()[0] == 0
@@ -154,7 +164,7 @@ def ladder(
         done.append({"row": _row(rung, budgets[rung], result, history, dense, above), "history": history})
         models.append(copy.deepcopy(model).cpu())
         if place is not None:
-            place.write(model, done)
+            place.write(model, done, None if len(done) == len(budgets) else _between(model, device, around))
     table = pd.DataFrame([rung["row"] for rung in done])
     return Ladder(models, table, pd.DataFrame([row for rung in done for row in rung["history"]]))
 
@@ -164,9 +174,16 @@ UNSAID = ("device", "on_step")
 
 
 def _planned(
-    model: nn.Module, train: Images | Iterable, budgets: Sequence[Budget], epochs: Sequence[int], options: Mapping
-) -> tuple[dict[str, float], list[dict]]:
-    """Return the dense network's costs, and each budget in absolute numbers; raise where one cannot be met."""
+    model: nn.Module,
+    train: Images | Iterable,
+    budgets: Sequence[Budget],
+    epochs: Sequence[int],
+    options: Mapping,
+    timed: Sequence[Mapping | None] | None,
+) -> tuple[dict[str, float], list[dict], list[Mapping | None]]:
+    """Return the dense network's costs, each budget in absolute numbers, and what latency was calibrated by on each
+    rung; raise where one cannot be met. A ladder that goes on brings what it was ``timed`` by, which holds.
+    """
     _check_bytes(budgets)
     given = {name: options[name] for name in inspect.signature(Controller).parameters if name in options}
     batches = by_epoch(train, options.get("batch_size"), "none", 0, device_of(model, None))(0)
@@ -174,12 +191,15 @@ def _planned(
     tracing = {name: options[name] for name in ("ignore", "also", "unused") if name in options}
     channels = trace(model, next(iter(batches))[0][:2], **tracing)
     dense: dict[str, float] = {}
-    bounds = []
+    bounds, place, calibrations = [], options.get("latency"), []
     for rung, (budget, passes) in enumerate(zip(budgets, epochs, strict=True)):
         known = {"maturity": 1.0 if rung else maturity(model)}  # later rungs start with a trained network
-        widths = width_options(model, channels, budget, options.get("multiple", "auto"), options.get("latency"))
+        then = timed[rung] if timed and rung < len(timed) else None
+        latency = place if then is None or place is None else place.knowing(then)
+        widths = width_options(model, channels, budget, options.get("multiple", "auto"), latency)
         controller = Controller(channels, budget, steps=passes * length, **(known | given | widths))
         dense |= controller.dense
+        calibrations.append(None if controller.latency is None else controller.latency.calibration)
         above, here = bounds[-1] if bounds else {}, dict(controller.bounds)
         if bounds and not any(here[name] < above.get(name, float("inf")) for name in here):
             raise BudgetError(
@@ -192,7 +212,7 @@ def _planned(
                 f"({budgets[rung - 1].as_dict()}), and what was removed does not come back."
             )
         bounds.append(here)
-    return dense, [_absolute(budget, here) for budget, here in zip(budgets, bounds, strict=True)]
+    return dense, [_absolute(budget, here) for budget, here in zip(budgets, bounds, strict=True)], calibrations
 
 
 def _check_bytes(budgets: Sequence[Budget]) -> None:
@@ -243,24 +263,62 @@ def _in_words(budget: Budget) -> str:
     return " + ".join(f"{value} {name}" for name, value in given.items())
 
 
+def _between(model: nn.Module, device: Any, around: Mapping[str, Any]) -> dict[str, list]:
+    """Return, of each process, what the next rung starts with beside the network: random numbers, and the buffers of a
+    loss or metric.
+    """
+    return {
+        "random": gathered(random_state(device, **around, network=model)),
+        "judging": gathered(buffers_in(model, loss=around["loss"], metric=around["metric"])),
+    }
+
+
+def _untimed(plan: Mapping) -> dict:
+    """Return a plan without milliseconds, which are never twice the same."""
+
+    def without(costs: Mapping) -> dict:
+        return {name: value for name, value in costs.items() if name != "latency"}
+
+    return {**plan, "bounds": [without(each) for each in plan["bounds"]], "dense": without(plan["dense"])}
+
+
 class _Folder:
-    """Where a ladder's networks and state are kept: ``ladder.json`` is written after each rung's network."""
+    """Where a ladder's networks and state are kept: ``ladder.json`` is written after each rung's network.
 
-    def __init__(self, path: Path, plan: dict) -> None:
-        self.path, self.plan, self.state = path, plan, path / "ladder.json"
+    Attributes:
+        plan: what the ladder that is there was begun with; empty: there is none.
+        timed: what latency was calibrated by on each rung then; None: nothing.
+        rungs: what is kept of each rung that is done.
+    """
 
-    def read(self) -> list[dict]:
-        """Return what is kept of each rung that is done."""
-        if not self.state.exists():
-            return []
-        saved = json.loads(self.state.read_text(encoding="utf-8"))
-        for name, value in self.plan.items():
-            if saved["plan"][name] != value:
+    def __init__(self, path: Path) -> None:
+        self.path, self.state = path, path / "ladder.json"
+        saved = json.loads(self.state.read_text(encoding="utf-8")) if self.state.exists() else {}
+        self.plan, self.timed, self.rungs = saved.get("plan", {}), saved.get("timed"), saved.get("rungs", [])
+
+    def begin(self, plan: dict, timed: list) -> tuple[dict, list[dict]]:
+        """Return the dense network's costs and the bounds of the ladder that is here, which must be the same, or of
+        ``plan`` where there is none.
+        """
+        plan = json.loads(json.dumps(plan))
+        if not self.plan:
+            self.plan = plan
+            if any(timed):  # or a first rung that is stopped would find other milliseconds
+                self.timed = timed
+                self._write()
+            return plan["dense"], plan["bounds"]
+        there, here = self.plan, plan
+        if "latency" in there:
+            there, here = _untimed(there), _untimed(here)
+        else:  # of an earlier version, if it has a budget of latency at all
+            here = {name: value for name, value in here.items() if name != "latency"}
+        for name in (*there, *(name for name in here if name not in there)):
+            if there.get(name) != here.get(name):
                 raise ValueError(
-                    f"{self.path} holds a ladder with {name} {saved['plan'][name]}, and {value} is asked for now: "
+                    f"{self.path} holds a ladder with {name} {there.get(name)}, and {here.get(name)} is asked for now: "
                     f"choose another folder, or delete that one."
                 )
-        return saved["rungs"]
+        return self.plan["dense"], self.plan["bounds"]
 
     def network(self, dense: nn.Module, rung: int) -> nn.Module:
         return load(copy.deepcopy(dense).cpu(), self.path / f"rung{rung + 1}.safetensors")
@@ -268,11 +326,36 @@ class _Folder:
     def checkpoints(self, rung: int) -> Path:
         return self.path / f"checkpoints{rung + 1}"
 
-    def write(self, model: nn.Module, rungs: list[dict]) -> None:
+    def restore(self, rungs: int, model: nn.Module, device: Any, around: Mapping[str, Any]) -> None:
+        """Go on as after so many rungs; ladders of earlier versions do not know how random numbers stood."""
+        if not (path := self._after(rungs)).exists():
+            return
+        state, (rank, world) = checkpoints.read_file(path), rank_and_world()
+        if len(state["random"]) != world:
+            return
+        set_random_state(state["random"][rank], device, **around, network=model)
+        put_into(model, state["judging"][rank], loss=around["loss"], metric=around["metric"])
+
+    def write(self, model: nn.Module, rungs: list[dict], after: dict | None) -> None:
+        """Keep a rung's network, and what the next one starts with beside it; None: there is no next one."""
         if rank_and_world()[0] > 0:
             return
         save(model, self.path / f"rung{len(rungs)}.safetensors")
-        part = self.state.with_suffix(".part")
-        part.write_text(json.dumps({"plan": self.plan, "rungs": rungs}, indent=1), encoding="utf-8")
-        os.replace(part, self.state)
+        if after is not None:
+            checkpoints.write_file(self._after(len(rungs)), checkpoints.plain(after))
+        self.rungs = rungs
+        self._write()
         checkpoints.remove(self.checkpoints(len(rungs) - 1))
+        for rung in range(1, len(rungs)):
+            self._after(rung).unlink(missing_ok=True)
+
+    def _after(self, rungs: int) -> Path:
+        return self.path / f"after_rung{rungs}.state"
+
+    def _write(self) -> None:
+        if rank_and_world()[0] > 0:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        content = {"plan": self.plan, "rungs": self.rungs} | ({} if self.timed is None else {"timed": self.timed})
+        with checkpoints.beside(self.state) as part:
+            part.write_text(json.dumps(content, indent=1), encoding="utf-8")
