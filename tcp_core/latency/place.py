@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ..channels import Channels
 from ..cost import CostBuilder, CostModel
+from ..packing import unpacked
 from ..preparing import LIKED
 from ..removal import remove
 from .backends import backend_of
@@ -100,7 +101,9 @@ class Latency:
 
         ``state`` is the run's ``tailor.state_dict()``.
         """
-        return self.knowing(state.get("_extra_state", state)["controller"].get("calibration"))
+        extra = state.get("_extra_state", state)
+        extra = unpacked(extra) if isinstance(extra, Tensor) else extra
+        return self.knowing(extra["controller"].get("calibration"))
 
     def knowing(self, calibration: Mapping[str, float] | None) -> Latency:
         """Return this place with what :attr:`LatencyCost.calibration` was; None: it is measured."""
