@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -134,6 +135,7 @@ def trace(
         # Costs are of one sample, also where work does not grow with the batch.
         ids.run("eval", *example, count=True)
         _check_ran(ids, ignored)
+        _warn_of_uncounted(ids)
         unreached = freeze_for_unreached(ids, set().union(*left_over.values()))
         # Tried out in the state that these runs left: what a forward pass has kept must fit the smaller network too.
         examples = [example, *(_samples(model, other, 1) for other in also)]
@@ -332,3 +334,14 @@ def _check_ran(ids: Identities, ignored: Patterns) -> None:
                 f"ignore={pattern!r} matches only modules that the example does not call, so it is not known which "
                 f"channels are theirs; name the modules before or after them."
             )
+
+
+def _warn_of_uncounted(ids: Identities) -> None:
+    """Warn of operators with matrices of parameters whose macs are in no count."""
+    if ids.uncounted:
+        found = ", ".join(f"{name} in {where or 'the model'}" for name, where in ids.uncounted.items())
+        warnings.warn(
+            f"the macs of {found} are in no count, for what this operator multiplies is not known: a budget on macs is "
+            f"one for the rest of the network.",
+            stacklevel=3,
+        )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .calls import Call
 from .codes import labels_in, varies
-from .identities import Call, Identities
+from .identities import Identities
 
 NOT_TAGGED = {"hardswish", "mish", "threshold", "_prelu_kernel"}
 """Element-wise operators that torch 2.14 does not tag as such."""

@@ -10,20 +10,20 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..outputs import tensors_in
 from ..state import tensor_attributes
 from ..verification import WholeDropout, has_values, nothing_to_compare, steady
+from .calls import Call, Gate
 from .codes import compact, labels_in, varies
+from .counting import constant_macs
 from .liveness import Liveness
 
 ALPHA = nn.AlphaDropout, nn.FeatureAlphaDropout
@@ -33,52 +33,10 @@ LARGE = 1 << 20
 """A parameter with more entries than this is not followed entry by entry."""
 
 
-class Call(NamedTuple):
-    """One operator that ran."""
-
-    func: Any
-    name: str
-    args: tuple
-    kwargs: dict
-    out: Any
-
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """Return an argument, wherever it was given."""
-        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Every tensor among the arguments."""
-        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        """Every tensor among the results."""
-        return [leaf for leaf in pytree.tree_leaves(self.out) if isinstance(leaf, Tensor)]
-
-    @property
-    def written(self) -> list[Tensor]:
-        """Every tensor among the arguments that the operator writes to."""
-        schema, found = self.func._schema.arguments, []
-        for position, each in enumerate(schema):
-            if each.alias_info is not None and each.alias_info.is_write:
-                found += pytree.tree_leaves(self.argument(position, each.name))
-        return [leaf for leaf in found if isinstance(leaf, Tensor)]
-
-
 Rule = Callable[["Identities", Call], None]
 
 ModuleRule = Callable[["Identities", tuple, list[Tensor]], None]
 """Takes the place of rules for operators while a module runs: given its arguments, it gives outputs their codes."""
-
-
-@dataclass
-class Gate:
-    """Where a gate acts, in labels: a batch norm's weight, or a layer's along its output dimension."""
-
-    bias: str | None
-    labels: Tensor
-    constant: bool = False
 
 
 class Identities(TorchDispatchMode):
@@ -102,6 +60,7 @@ class Identities(TorchDispatchMode):
         layers: output dimension of each convolution or linear layer, by weight, in the order in which they ran.
         calls: macs as (scale, labels of inputs, labels of outputs); constant_macs: those of activations with
             activations.
+        uncounted: operators that take matrices of parameters and are in no count, with the module in which they ran.
         pads: padding modules that add channels, with the place of the amounts and the labels before and after.
         liveness: which activations are alive when, in the eval run.
         operators: how often each operator ran in each mode; not those of norms and dropout, and on integers.
@@ -137,6 +96,7 @@ class Identities(TorchDispatchMode):
         self.layers: dict[str, int] = {}
         self.calls: list[tuple[float, Tensor | None, Tensor | None]] = []
         self.constant_macs = 0
+        self.uncounted: dict[str, str] = {}
         self.pads: dict[str, tuple[int, Tensor, Tensor]] = {}
         self.operators: dict[str, Counter[str]] = {"train": Counter(), "eval": Counter()}
 
@@ -153,9 +113,10 @@ class Identities(TorchDispatchMode):
         self.within: ModuleRule | None = None
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self.liveness = Liveness(self.model, inputs) if self.counting else None
+        self.fed = WeakTensorKeyDictionary(dict.fromkeys(inputs, True))  # what depends on the inputs
         self.shapes |= {tuple(tensor.shape) for tensor in inputs}
-        self.names = WeakTensorKeyDictionary()
-        for name, tensor in (*self.model.named_buffers(), *self.model.named_parameters()):
+        self.names, self.parameters = WeakTensorKeyDictionary(), dict(self.model.named_parameters())
+        for name, tensor in (*self.model.named_buffers(), *self.parameters.items()):
             self.names[tensor] = name
         self.modules = {module: name for name, module in self.model.named_modules()}
         self.attributes = WeakTensorKeyDictionary()
@@ -250,6 +211,8 @@ class Identities(TorchDispatchMode):
             for tensor in tensors:
                 if tensor is not normalised:
                     self.consume(tensor)
+        if any(tensor in self.fed for tensor in tensors):
+            self.fed.update(dict.fromkeys(outputs, True))
         if self.within:
             self.within(self, self.arguments, outputs)
         else:
@@ -375,10 +338,18 @@ class Identities(TorchDispatchMode):
                     self.fixed.add(name)
             if (codes := self.codes.get(tensor)) is not None:
                 self.freeze(labels_in(codes), call.name)
-        packet = call.func._overloadpacket
-        if self.counting and packet in flop_registry:
+        if self.counting:
             # Products of activations, as in attention: their size does not change, so they are a fixed cost.
-            self.constant_macs += flop_registry[packet](*call.args, **call.kwargs, out_val=call.out) // 2
+            macs = constant_macs(call)
+            self.constant_macs += macs or 0
+            if macs is None and self.multiplied(call):
+                self.uncounted.setdefault(call.name, self.here)
+
+    def multiplied(self, call: Call) -> bool:
+        """Say whether an operator may well multiply what a sample makes by a matrix that is a parameter."""
+        entries = (self.parameters[name] for each in call.tensors if (name := self.parameter(each)))
+        matrix = any(sum(size > 1 for size in parameter.shape) > 1 for parameter in entries)
+        return matrix and any(each in self.fed and has_values(each) for each in call.tensors)
 
     def consume(self, tensor: Tensor) -> None:
         """A layer's raw output is used by something other than a batch norm: the layer itself needs a gate."""

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .calls import Call, Gate
 from .codes import along, labels_in, varies
-from .identities import Call, Gate, Identities
+from .identities import Identities
 
 
 def convolution(ids: Identities, call: Call) -> None:

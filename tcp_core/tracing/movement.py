@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .calls import Call
 from .codes import along, first, labels_in, marked, narrow, varies, view_groups
-from .identities import Call, Identities
+from .identities import Identities
 
 
 def same(ids: Identities, call: Call) -> None:
