@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .cost import Budget, Cost, CostModel
-from .explanation import Cause, Explanation, Row, advice, in_words
+from .explanation import Cause, Explanation, Row, advice, in_words, without_parameters
 from .memory import Activations, weights_at
 
 
@@ -77,6 +77,15 @@ class Padding:
     after: Tensor
 
 
+class Weightless(NamedTuple):
+    """A layer that ran with a weight that is no parameter: what it is, its outputs, how many layers ran before."""
+
+    name: str
+    what: str
+    outputs: int
+    position: int
+
+
 @dataclass(frozen=True)
 class Channels:
     """Which channels of a network live and die together; made by :func:`tcp_core.trace`.
@@ -102,6 +111,7 @@ class Channels:
         unreached: parameters that no traced call reached.
         unused: the patterns of modules said to be used by no call.
         ignored: the patterns of modules whose output channels must all stay.
+        weightless: layers that ran with weights that are no parameters, which can be neither gated nor cut.
     """
 
     units: int
@@ -124,6 +134,7 @@ class Channels:
     ignored: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    weightless: tuple[Weightless, ...] = ()
 
     def cost(self, open_units: Tensor | None = None) -> dict[str, int]:
         """Return ``{"macs": int, "params": int}`` of the network that keeps only ``open_units`` (default: all)."""
@@ -189,12 +200,14 @@ class Channels:
         held = {cause: self.held(cause.units, floor) for cause in self.causes}
         held = {cause: share for cause, share in held.items() if any(share.values())}
         ordered = sorted(held, key=lambda cause: -held[cause]["macs"])
+        weightless = without_parameters((layer.what, layer.name) for layer in self.weightless)
+        bundled = [cause for cause in self.causes if cause.kind == "together"]  # by themselves they are a smallest set
         return Explanation(
             rows=self._rows(),
             dense=dense,
             floor=floor,
             held={in_words([cause]): held[cause] for cause in ordered},
-            advice=advice(ordered),
+            advice=advice([*ordered, *bundled]) + weightless,
             units=self.units,
             prunable=int(self.prunable.sum()),
         )
@@ -215,6 +228,8 @@ class Channels:
             tied = dict.fromkeys(name for unit in inside.unique().tolist() for name in writers[unit])
             others = tuple(name for name in tied if name != layer.name)
             rows.append(Row(layer.name, len(units), len(inside) - len(stay), others, in_words(why)))
+        for layer in reversed(self.weightless):
+            rows.insert(layer.position, Row(layer.name, layer.outputs, 0, (), layer.what))
         return tuple(rows)
 
     def floor(self, free: Tensor | None = None) -> dict[str, int]:

@@ -10,11 +10,12 @@ import torch
 
 from .channels import Channels, Family
 from .cost import amount
-from .explanation import in_words
+from .explanation import in_words, without_parameters
 from .selection import required_units
 
 KINDS = {
     ("unknown",): "operators that are not understood",
+    ("weight",): "weights that are no parameters",
     ("attribute", "computed", "changing", "fixed"): "sizes that could not follow",
     ("unreached",): "layers that no traced call reaches",
     ("ignored",): "patterns",
@@ -25,6 +26,7 @@ KINDS = {
 def nothing_prunable(channels: Channels) -> str:
     """Say that every unit is held, and by what."""
     held = f", held by: {in_words(channels.causes)}" if channels.causes else ""
+    held += "".join(f"; {sentence}" for sentence in without_parameters((x.what, x.name) for x in channels.weightless))
     return (
         f"no unit of this network can be removed ({channels.units} units{held}). Check that the network has "
         f"hidden convolutions or linear layers; channels.explain() goes through them layer by layer."

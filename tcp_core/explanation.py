@@ -22,20 +22,23 @@ ADVICE = {
     "ignored": "{what}: take it out of ignore",
     "fixed": "{what}: a parameter of which only some entries would go, that is used in more than one way, or that "
     "forward itself changes",
-    "lifted": "{what} in {where}: a closed channel would not be zero there, after a sigmoid or an added constant",
-    "tied": "{where}: tied to channels that stay, such as the model's input or a constant of one size",
-    "output": "they leave the model",
-    "sole": "the only channels of their layer",
+    "lifted": "{what} in {where}: a closed channel would not be zero there, after a sigmoid or an added constant; an "
+    "activation that keeps zero, or a batch norm before the layer, would free them",
+    "tied": "{where}: tied to channels that stay, such as the model's input or a constant of one size; a convolution "
+    "in between would free them",
+    "together": "{what} in {where}: it ties all channels of a layer to one another, so none can go without the last; "
+    "smaller groups, or a layer that mixes them in between, would free them",
 }
-"""By kind of cause, why units stay, and what would free them."""
+"""By kind of cause, why units stay, and what would free them; of "output", "sole" and "weight" it says nothing, see
+:func:`without_parameters`.
+"""
 
-
-NOT_UNDERSTOOD = ("unknown", "attribute", "computed", "changing")
+NOT_UNDERSTOOD = ("unknown", "attribute", "computed", "changing", "weight")
 """The kinds of causes that ``channels.unknown`` lists."""
 
 
 class Cause(NamedTuple):
-    """Why some units stay: the kind (a key of ``ADVICE``), what and where, and the units (int64)."""
+    """Why some units stay: the kind (a key of ``WORDS``), what and where, and the units (int64)."""
 
     kind: str
     what: str
@@ -55,6 +58,8 @@ WORDS = {
     "tied": "tied to what stays, at {where}",
     "output": "output of the model",
     "sole": "only channel of a layer",
+    "together": "all channels of the layer can only go together, by {what} in {where}",
+    "weight": "{what} in {where}",
 }
 
 
@@ -139,12 +144,27 @@ def advice(causes: Iterable[Cause]) -> tuple[str, ...]:
     """Return a sentence per cause that a user could do something about, with the number of units."""
     found: dict[tuple[str, str], list[Cause]] = {}
     for cause in causes:
-        if cause.kind not in ("output", "sole", "tied", "lifted"):
+        if cause.kind in ADVICE:
             found.setdefault((cause.kind, cause.what), []).append(cause)
     sentences = []
     for (kind, what), group in found.items():
-        places = [cause.where or "the model" for cause in group]
-        where = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+        where = _few([cause.where or "the model" for cause in group])
         count = len(torch.cat([cause.units for cause in group]).unique())
         sentences.append(f"{count:,} units stay: {ADVICE[kind].format(what=what, where=where)}")
     return tuple(sentences)
+
+
+def without_parameters(layers: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """Return a sentence for each way in which weights, given as what they are and their layer, are no parameters."""
+    found: dict[str, list[str]] = {}
+    for what, layer in layers:
+        found.setdefault(what, []).append(layer)
+    return tuple(
+        f"all channels that enter or leave {_few(names)} stay: {what}, which can be neither gated nor cut; take "
+        f"spectral_norm, weight_norm or another parametrization off, or make the weight a parameter"
+        for what, names in found.items()
+    )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

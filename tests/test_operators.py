@@ -1,5 +1,5 @@
-"""What operators do to channels and what they cost: recurrent layers, matrices that are buffers, weights that are computed,
-norms without weights, transposed convolutions in groups, operators over space, sums over channels.
+"""What operators do to channels and what they cost: recurrent layers, weights that are no parameters, norms without
+weights, transposed convolutions in groups, operators over space, sums over channels.
 """
 
 import copy
@@ -64,3 +64,71 @@ class Bilinear(nn.Module):
 def test_operators_whose_products_are_not_counted_are_named():
     with pytest.warns(UserWarning, match="the macs of _trilinear in both are in no count"):
         tcp.trace(Bilinear(), torch.randn(2, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights that are no parameters
+
+
+class Filtered(nn.Module):
+    """A matrix that is a buffer, on the input or on channels."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.a, self.b, self.first = nn.Linear(8, 16), nn.Linear(8 if not first else 16, 3), first
+        self.register_buffer("bank", torch.randn(8, 8) if first else torch.randn(16, 8))
+
+    def forward(self, x):
+        x = x @ self.bank if self.first else x
+        x = torch.relu(self.a(x))
+        return self.b(x if self.first else F.linear(x, self.bank.t()))
+
+
+@pytest.mark.parametrize(("first", "prunable"), [(True, 16), (False, 0)])
+def test_a_matrix_that_is_a_buffer_freezes_only_what_it_multiplies(first, prunable):
+    channels = tcp.trace(Filtered(first), torch.randn(2, 8))
+    assert channels.prunable.sum() == prunable
+    assert channels.cost()["macs"] == 8 * 16 + (8 * 8 + 16 * 3 if first else 16 * 8 + 8 * 3)
+
+
+@pytest.mark.parametrize(
+    "parametrized",
+    [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm],
+    ids=["spectral", "weight", "older spectral"],
+)
+def test_layers_whose_weights_are_computed_are_explained(parametrized):
+    first, last = parametrized(nn.Conv2d(3, 8, 3)), parametrized(nn.Linear(6, 2))
+    model = nn.Sequential(first, nn.Conv2d(8, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
+    x = torch.randn(2, 3, 8, 8)
+    text = tcp.trace(model, x).explain()
+    assert [(row.layer, row.channels, row.prunable) for row in text.rows] == [("0", 8, 0), ("1", 6, 0), ("4", 2, 0)]
+    why = "weight that is computed"
+    assert [row.why for row in text.rows] == [why, f"{why} in 4", why]
+    assert len(text.advice) == 1
+    assert text.advice[0].startswith("all channels that enter or leave 0, 4 stay: weight that is computed, which")
+    with pytest.raises(
+        ValueError, match="0 units; all channels that enter or leave 0, 2 stay: weight that is computed"
+    ):
+        tcp.Tailor(
+            nn.Sequential(first, nn.Flatten(), parametrized(nn.Linear(288, 2))), x, budget={"macs": 0.5}, steps=9
+        )
+
+
+def test_channels_of_a_layer_that_can_only_go_together_are_not_called_the_only_one():
+    model = nn.Sequential(block(3, 6), nn.Conv2d(6, 6, 1, groups=2), nn.ChannelShuffle(3))
+    model.extend([nn.Conv2d(6, 6, 1, groups=2), nn.Conv2d(6, 1, 1), nn.ReLU(), nn.Conv2d(1, 4, 1)])
+    text = tcp.trace(model, torch.randn(2, 3, 8, 8)).explain()
+    words = "all channels of the layer can only go together, by "
+    assert text.rows[0].why == (f"{words}convolution of 2 groups in 1 and 1 more; {words}channel_shuffle in 2")
+    assert text.rows[3].why == "only channel of a layer"
+    assert [sentence.partition(":")[0] for sentence in text.advice] == ["1 units stay"] * 2
+
+
+@pytest.mark.parametrize("made", [torch.jit.script, lambda part: torch.jit.trace(part, torch.randn(2, 3, 8, 8))])
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_torchscript_is_refused_with_what_to_do(made):
+    part, x = made(nn.Conv2d(3, 8, 3).eval()), torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"^the model is TorchScript .* Give the nn.Module that it was made of"):
+        tcp.trace(part, x)
+    with pytest.raises(ValueError, match=r"^module '0' of the model is TorchScript"):
+        tcp.trace(nn.Sequential(part, nn.ReLU(), nn.Conv2d(8, 4, 1)), x)

@@ -117,10 +117,11 @@ def trace(
             size of what they take or give stays, for it may be what they will be fed.
 
     Raises:
-        ValueError: if the model raises on an example, an example is on another device, a pattern matches no module, the
-            output has no values that could be compared, or a layer that no call reaches takes what nothing in the
-            network has.
+        ValueError: if the model is TorchScript or a part of it with parameters is, the model raises on an example, an
+            example is on another device, a pattern matches no module, the output has no values that could be
+            compared, or a layer that no call reaches takes what nothing in the network has.
     """
+    _check_written_in_python(model)
     example = _samples(model, example_input, 1)
     ignored = _matching_modules(model, [ignore] if isinstance(ignore, str) else list(ignore), "ignore")
     left_over = _matching_modules(model, [unused] if isinstance(unused, str) else list(unused), "unused")
@@ -324,6 +325,18 @@ def _matching_modules(model: nn.Module, patterns: Sequence[str], option: str) ->
             )
         matched[pattern] = {inner for module in found for inner in module.modules()}
     return matched
+
+
+def _check_written_in_python(model: nn.Module) -> None:
+    """Refuse TorchScript that holds parameters, which no gate can be put on; a scripted function is no obstacle."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.parameters()):
+            what = f"module {name!r} of the model" if name else "the model"
+            raise ValueError(
+                f"{what} is TorchScript (torch.jit.script or torch.jit.trace), in which parameters cannot be gated or "
+                f"cut. Give the nn.Module that it was made of, with these weights "
+                f"(module.load_state_dict(scripted.state_dict())), and script what finish() returns."
+            )
 
 
 def _check_ran(ids: Identities, ignored: Patterns) -> None:

@@ -45,6 +45,7 @@ class Identities(TorchDispatchMode):
     Attributes:
         labels: number of labels handed out; label 0 means no channel.
         ties: label pairs, int64 ``[n, 2]`` each.
+        bundles: (what, where, labels) of those of one tensor that an operator ties to one another.
         frozen, outputs, producers: labels that must stay; that leave the model; that layers or padding made.
         causes: (kind, what, where, labels that it froze), see :data:`~tcp_core.explanation.ADVICE`.
         attributes: names of plain tensors that modules keep.
@@ -58,6 +59,8 @@ class Identities(TorchDispatchMode):
         fixed: parameters that must keep their shape.
         norms, raw: gates of batch norms; of layers whose raw output is used, by weight and dimension.
         layers: output dimension of each convolution or linear layer, by weight, in the order in which they ran.
+        weightless: layers that ran with a weight that is no parameter: what it is instead, how many outputs, and how
+            many ``layers`` ran before.
         calls: macs as (scale, labels of inputs, labels of outputs); constant_macs: those of activations with
             activations.
         uncounted: operators that take matrices of parameters and are in no count, with the module in which they ran.
@@ -78,6 +81,7 @@ class Identities(TorchDispatchMode):
         self.rule_within = rule_within
         self.labels = 1
         self.ties: list[Tensor] = []
+        self.bundles: list[tuple[str, str, Tensor]] = []
         self.frozen: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self.producers: list[Tensor] = []
@@ -94,6 +98,7 @@ class Identities(TorchDispatchMode):
         self.norms: dict[str, Gate] = {}
         self.raw: dict[tuple[str, int], Gate] = {}
         self.layers: dict[str, int] = {}
+        self.weightless: dict[str, tuple[str, int, int]] = {}
         self.calls: list[tuple[float, Tensor | None, Tensor | None]] = []
         self.constant_macs = 0
         self.uncounted: dict[str, str] = {}
@@ -281,20 +286,24 @@ class Identities(TorchDispatchMode):
         self.labels += count
         return torch.arange(self.labels - count, self.labels)
 
-    def tie(self, a: Tensor, b: Tensor) -> None:
-        """Tie label tensors entry by entry, with broadcasting; label 0 ties with nothing."""
+    def tie(self, a: Tensor, b: Tensor, within: str = "") -> None:
+        """Tie label tensors entry by entry, with broadcasting; label 0 ties with nothing. ``within`` says what it is
+        that ties channels of one tensor to one another.
+        """
         a, b = (each.reshape(-1) for each in torch.broadcast_tensors(a, b))
         apart = (a != b) & (a != 0) & (b != 0)
         if apart.any():
             pairs = (a[apart] << 32 | b[apart]).unique()  # one number a pair: sorting rows is ten times slower
             self.ties.append(torch.stack([pairs >> 32, pairs & 0xFFFFFFFF], 1))
+            if within:
+                self.bundles.append((within, self.here, self.ties[-1].flatten()))
 
-    def tie_positions(self, a: Tensor, b: Tensor, attribute: str = "") -> None:
+    def tie_positions(self, a: Tensor, b: Tensor, attribute: str = "", within: str = "") -> None:
         """Tie positions that must stay or go together; where one side is fixed, the other is frozen: on account of a
         plain tensor of a module, if ``attribute`` names one.
         """
         a, b = torch.broadcast_tensors(a, b)
-        self.tie(a, b)
+        self.tie(a, b, within)
         for side, fixed in ((a, b == 0), (b, a == 0)):
             self.freeze(side[fixed], attribute, kind="attribute" if attribute else "tied")
 
@@ -327,17 +336,19 @@ class Identities(TorchDispatchMode):
             self.freeze(labels_in(codes), operator)  # channels along the batch
         flat = moved.reshape(size, -1)
         best = flat.amax(1)
-        self.tie(flat >> 1, (best >> 1)[:, None])
+        self.tie(flat >> 1, (best >> 1)[:, None], operator)
         return (best & ~1) | (flat & 1).amax(1)
 
-    def unknown(self, call: Call) -> None:
-        """Freeze every channel that enters an operator, and keep every parameter in it whole."""
+    def unknown(self, call: Call, kind: str = "unknown", what: str = "") -> None:
+        """Freeze every channel that enters an operator, and keep every parameter in it whole; the cause is the operator
+        unless another is given.
+        """
         for tensor in call.tensors:
             for name in (self.names.get(tensor), self.transposed.get(tensor, (None,))[0]):
                 if name is not None:
                     self.fixed.add(name)
             if (codes := self.codes.get(tensor)) is not None:
-                self.freeze(labels_in(codes), call.name)
+                self.freeze(labels_in(codes), what or call.name, kind=kind)
         if self.counting:
             # Products of activations, as in attention: their size does not change, so they are a fixed cost.
             macs = constant_macs(call)

@@ -17,7 +17,9 @@ def convolution(ids: Identities, call: Call) -> None:
     x, weight, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
     name = ids.names.get(weight)
-    if name is None or not isinstance(weight, nn.Parameter) or (transposed and groups > 1):
+    if name not in ids.parameters:
+        return _without_weight(ids, call, weight)
+    if transposed and groups > 1:
         return ids.unknown(call)
     inputs = _inputs(ids, ids.channelwise(x, 1, call.name), call.name)
     out_dim = 1 if transposed else 0
@@ -32,7 +34,9 @@ def convolution(ids: Identities, call: Call) -> None:
         if not isinstance(ids.module, nn.modules.conv._ConvNd) or ids.module._parameters.get("weight") is not weight:
             # The number of groups is written in the call, so it cannot follow.
             ids.freeze(torch.cat([inputs, outputs]), call.name)
-        _tie_groups(ids, torch.cat([inputs.view(groups, -1), outputs.view(groups, -1)], 1))
+        _tie_groups(
+            ids, torch.cat([inputs.view(groups, -1), outputs.view(groups, -1)], 1), f"convolution of {groups} groups"
+        )
         _count(ids, scale * x.shape[1] // groups, None, outputs)
     _finish(ids, name, out_dim, outputs, bias, call.out, 1)
 
@@ -44,7 +48,9 @@ def linear(ids: Identities, call: Call) -> None:
     else:
         x, weight, bias = *call.args[:2], call.argument(2, "bias")
     name, transposed = ids.transposed.get(weight, (ids.names.get(weight), call.name == "linear"))
-    if name is None or call.kwargs.get("beta", 1) != 1 or call.kwargs.get("alpha", 1) != 1:
+    if name not in ids.parameters:
+        return _without_weight(ids, call, weight)
+    if call.kwargs.get("beta", 1) != 1 or call.kwargs.get("alpha", 1) != 1:
         return ids.unknown(call)
     out_dim = 0 if transposed else 1
     codes = ids.of(x)
@@ -52,9 +58,20 @@ def linear(ids: Identities, call: Call) -> None:
         ids.freeze(labels_in(codes), call.name)  # channels among the rows
     inputs = _inputs(ids, ids.channelwise(x, x.ndim - 1, call.name), call.name)
     ids.register(name, 1 - out_dim, inputs)
-    outputs = _outputs(ids, name, out_dim, ids.model.get_parameter(name))
+    outputs = _outputs(ids, name, out_dim, ids.parameters[name])
     _count(ids, call.out.numel() // call.out.shape[-1], inputs, outputs)
     _finish(ids, name, out_dim, outputs, bias, call.out, call.out.ndim - 1)
+
+
+def _without_weight(ids: Identities, call: Call, weight: Tensor) -> None:
+    """Freeze what enters a product with something that is no parameter: a buffer, or what is computed."""
+    module = ids.module
+    if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or module not in ids.modules:
+        return ids.unknown(call)
+    outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    what = "weight that is stored in a buffer" if weight in ids.names else "weight that is computed"
+    ids.weightless.setdefault(ids.here, (what, outputs, len(ids.layers)))
+    ids.unknown(call, "weight", what)
 
 
 def batch_norm(ids: Identities, call: Call) -> None:
@@ -129,7 +146,7 @@ def group_norm(ids: Identities, call: Call) -> None:
         ids.consume(x)
         return ids.unknown(call)
     labels = ids.channelwise(x, 1, call.name) >> 1
-    _tie_groups(ids, labels.view(groups, -1))
+    _tie_groups(ids, labels.view(groups, -1), f"norm of {groups} groups")
     names = [None if tensor is None else ids.names[tensor] for tensor in (weight, bias)]
     for name in filter(None, names):
         ids.register(name, 0, labels)
@@ -139,9 +156,9 @@ def group_norm(ids: Identities, call: Call) -> None:
         ids.set(statistics, along(labels[:: x.shape[1] // groups], statistics, 1, unsafe=1))
 
 
-def _tie_groups(ids: Identities, labels: Tensor) -> None:
+def _tie_groups(ids: Identities, labels: Tensor, operator: str) -> None:
     """Let the channels of each group, int64 ``[groups, channels]``, stay or go together."""
-    ids.tie(labels, labels.amax(1, keepdim=True))
+    ids.tie(labels, labels.amax(1, keepdim=True), operator)
     ids.freeze(labels[(labels == 0).any(1)], kind="tied")
 
 

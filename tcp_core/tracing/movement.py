@@ -92,7 +92,7 @@ def view(ids: Identities, call: Call) -> None:
         if len(outs) > 1 and any(varies(codes, dim) for dim in ins):
             if len(ins) > 1:
                 return ids.unknown(call)
-            result = _tied_parts(ids, result, outs[:-1])
+            result = _tied_parts(ids, result, outs[:-1], call.name)
     _set_moved(ids, call.args[0], call.out, result)
 
 
@@ -107,14 +107,14 @@ def shuffle(ids: Identities, call: Call) -> None:
     codes, groups = ids.of(call.args[0]), call.args[1]
     if codes is not None:
         parts = codes.reshape(codes.shape[0], groups, -1, *codes.shape[2:])
-        ids.set(call.out, _tied_parts(ids, parts, [1]).transpose(1, 2).reshape(codes.shape))
+        ids.set(call.out, _tied_parts(ids, parts, [1], call.name).transpose(1, 2).reshape(codes.shape))
 
 
-def _tied_parts(ids: Identities, parts: Tensor, outer: list[int]) -> Tensor:
+def _tied_parts(ids: Identities, parts: Tensor, outer: list[int], operator: str) -> Tensor:
     """Tie the slices along ``outer`` dimensions, and return codes that no longer vary along them."""
     for dim in outer:
         one = first(parts, [dim]).expand_as(parts)
-        ids.tie_positions(labels_in(parts), labels_in(one))
+        ids.tie_positions(labels_in(parts), labels_in(one), within=operator)
         parts = one
     return parts
 
@@ -130,7 +130,7 @@ def split(ids: Identities, call: Call) -> None:
         if len({part.shape[dim] for part in parts}) > 1:
             return ids.unknown(call)
         for part in parts[1:]:
-            ids.tie_positions(labels_in(part), labels_in(parts[0]))
+            ids.tie_positions(labels_in(part), labels_in(parts[0]), within=call.name)
         parts = [parts[0] | part & 1 for part in parts]
     for result, part in zip(call.outputs, parts, strict=True):
         ids.set(result, part)
@@ -210,7 +210,7 @@ def reduce(ids: Identities, call: Call) -> None:
             return ids.unknown(call)
         small = narrow(codes)
         label = (small >> 1).amax(dims, keepdim=True)
-        ids.tie_positions(small >> 1, label)
+        ids.tie_positions(small >> 1, label, within="sum over channels")
         codes = ((label << 1) | (small & 1).amax(dims, keepdim=True)).expand_as(codes)
     reduced = first(codes, dims)
     ids.set(result, reduced if result.ndim == codes.ndim else reduced.squeeze(dims))
@@ -234,7 +234,7 @@ def glu(ids: Identities, call: Call) -> None:
     if codes is None:
         return
     first_half, second_half = codes.chunk(2, call.argument(1, "dim", -1))
-    ids.tie_positions(labels_in(first_half), labels_in(second_half))
+    ids.tie_positions(labels_in(first_half), labels_in(second_half), within=call.name)
     ids.set(call.out, first_half)
 
 

@@ -10,9 +10,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from ..channels import Channels, Family, GateSite, Layer, Padding
+from ..channels import Channels, Family, GateSite, Layer, Padding, Weightless
 from ..cost import CostBuilder, CostModel
-from ..explanation import Cause
+from ..explanation import NOT_UNDERSTOOD, Cause
 from ..memory import Activations, Storage
 from ..removal import groups_of, tensor_shapes
 from .codes import labels_in
@@ -59,15 +59,14 @@ class Units:
         ids = self.ids
         cost_model = self._cost_model()
         layers = tuple(Layer(w.rpartition(".")[0], w, self.of(ids.dims[w, dim])) for w, dim in ids.layers.items())
-        prunable = ~self.frozen & ~_sole(cost_model)
+        sole, bundled = _sole(cost_model)
+        prunable = ~self.frozen & ~sole & ~bundled
         patterns = tuple(ignored)
         ignored = {pattern: self._kept(modules, layers) for pattern, modules in ignored.items()}
         for units in ignored.values():
             prunable[units] = False
-        causes = self._causes(ignored, _sole(cost_model))
-        unknown = {
-            (c.what, c.where): None for c in causes if c.kind in ("unknown", "attribute", "computed", "changing")
-        }
+        causes = self._causes(ignored, sole, bundled)
+        unknown = {(c.what, c.where): None for c in causes if c.kind in NOT_UNDERSTOOD}
         return Channels(
             units=len(self.frozen),
             families=_families(cost_model, self.slots, layers),
@@ -77,6 +76,7 @@ class Units:
             causes=causes,
             slots=self.slots,
             layers=layers,
+            weightless=tuple(Weightless(name, *known) for name, known in ids.weightless.items()),
             sites=self._sites(),
             paddings=tuple(Padding(m, at, self.of(front), self.of(back)) for m, (at, front, back) in ids.pads.items()),
             shapes=tensor_shapes(ids.model),
@@ -103,7 +103,7 @@ class Units:
         units = torch.cat(units).unique() if units else torch.zeros(0, dtype=torch.int64)
         return units[units >= 0]
 
-    def _causes(self, ignored: Mapping[str, Tensor], sole: Tensor) -> tuple[Cause, ...]:
+    def _causes(self, ignored: Mapping[str, Tensor], sole: Tensor, bundled: Tensor) -> tuple[Cause, ...]:
         """Return why units stay, each cause once, in the order in which they were met."""
         found: dict[tuple[str, str, str], list[Tensor]] = {}
         for kind, what, where, labels in (*self.ids.causes, *self.fixed):
@@ -112,6 +112,13 @@ class Units:
         found |= {("output", "", ""): outputs} if outputs else {}
         found |= {("ignored", f"ignore={pattern!r}", ""): [units] for pattern, units in ignored.items()}
         found[("sole", "", "")] = [sole.nonzero().flatten()]
+        left = bundled.clone()
+        for what, where, labels in self.ids.bundles:
+            units = self.of(labels).unique()
+            units = units[units >= 0]
+            left[units] = False
+            found.setdefault(("together", what, where), []).append(units[bundled[units]])
+        found[("together", "what follows", "")] = [left.nonzero().flatten()]
         causes = [Cause(*key, torch.cat(units).unique()) for key, units in found.items()]
         causes = [cause._replace(units=cause.units[cause.units >= 0]) for cause in causes]
         return tuple(cause for cause in causes if len(cause.units))
@@ -187,12 +194,16 @@ def _tensor(ids: Identities, name: str) -> Tensor:
     return getattr(ids.model.get_submodule(module), key)
 
 
-def _sole(model: CostModel) -> Tensor:
-    """Return the units that are all that some channel count consists of, bool ``[units]``."""
+def _sole(model: CostModel) -> tuple[Tensor, Tensor]:
+    """Return the units that are all that some channel count consists of, bool ``[units]``: those that are one channel
+    there, and those that are several, which can only go together.
+    """
     totals = model.counts(torch.ones(model.units))
-    sole = torch.zeros(model.units, dtype=torch.bool)
-    sole[model.columns[model.times >= totals[model.rows]]] = True
-    return sole
+    whole = model.times >= totals[model.rows]
+    sole, bundled = torch.zeros(2, model.units, dtype=torch.bool)
+    bundled[model.columns[whole & (model.times > 1)]] = True
+    sole[model.columns[whole]] = True
+    return sole & ~bundled, bundled
 
 
 def _families(model: CostModel, slots: dict, layers: Sequence[Layer]) -> tuple[Family, ...]:
