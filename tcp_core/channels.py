@@ -53,7 +53,7 @@ class Family:
 class GateSite:
     """One place where gates act: the weight (and bias) that is multiplied by the gates of ``units`` along ``dim``.
 
-    ``weight`` and ``bias`` are qualified names. ``constant`` is set for a batch norm without affine parameters,
+    ``weight`` and ``bias`` are qualified names. ``constant`` is set for a norm without affine parameters,
     whose weight is None: the gate takes the weight's place.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,8 @@ def remove(
     open_units = channels.check(open_units)
     check_same_model(model, channels)
     small, replaced = resized(model, lambda name, tensor: take(tensor, channels.kept(name, open_units)), gradients=True)
-    for name, amounts in paddings(model, channels, open_units).items():
-        small.get_submodule(name).padding = amounts
+    for (name, attribute), value in written(model, channels, open_units).items():
+        setattr(small.get_submodule(name), attribute, value)
     if verify:
         compare(model, small, channels, open_units)
     if optimizer is not None:
@@ -134,14 +135,21 @@ def sizes(module: nn.Module, shape: Callable[[Tensor], torch.Size]) -> dict[str,
     return {"num_parameters": shape(weight)[0]} if isinstance(module, nn.PReLU) else {}
 
 
-def paddings(model: nn.Module, channels: Channels, open_units: Tensor) -> dict[str, tuple[int, ...]]:
-    """Return, by name, the ``padding`` of the modules that pad channels, with only ``open_units`` left."""
+def written(model: nn.Module, channels: Channels, open_units: Tensor) -> dict[tuple[str, str], Any]:
+    """Return the sizes that no tensor shows, by module and attribute, with only ``open_units`` left: the ``padding`` of
+    modules that pad channels, and the ``num_features`` of norms without parameters and statistics.
+    """
     found: dict[str, list[int]] = {}
     for padding in channels.paddings:
         amounts = found.setdefault(padding.module, list(model.get_submodule(padding.module).padding))
         for side, units in enumerate((padding.before, padding.after)):
             amounts[padding.position + side] = int(stays(units, open_units).sum())
-    return {name: tuple(amounts) for name, amounts in found.items()}
+    features = {
+        (name, "num_features"): int(stays(site.units, open_units).sum())
+        for site in channels.sites
+        if site.constant and not own_tensors(model.get_submodule(name := site.weight.rpartition(".")[0]))
+    }
+    return features | {(name, "padding"): tuple(amounts) for name, amounts in found.items()}
 
 
 def check_same_model(model: nn.Module, channels: Channels) -> None:

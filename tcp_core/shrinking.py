@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .carrying import Cuts, cut_optimizer, held, is_table, state_tensors
 from .channels import Channels
-from .removal import check_same_model, misfits, own_tensors, paddings, remembered, remove, sizes
+from .removal import check_same_model, misfits, own_tensors, remembered, remove, sizes, written
 
 Average = nn.Module | Mapping[str, Tensor]
 
@@ -216,8 +216,8 @@ def _add_network(cuts: Cuts, network: Average, model: nn.Module, channels: Chann
         after = {name: tuple(cuts.shape(tensor)) for name, tensor in own_tensors(module).items()}
         for name, value in (sizes(module, cuts.shape) | remembered(module, after)).items():
             cuts.set(module, name, value)
-    for name, amounts in paddings(network, channels, open_units).items():
-        cuts.set(network.get_submodule(name), "padding", amounts)
+    for (name, attribute), value in written(network, channels, open_units).items():
+        cuts.set(network.get_submodule(name), attribute, value)
 
 
 def _hook_name(wrapper: DistributedDataParallel) -> str:

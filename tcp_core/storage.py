@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn, uint8
 
 from .gates import unwrapped
-from .removal import dense_shapes, own_parameter, resized
+from .removal import dense_shapes, own_parameter, own_tensors, resized
 
 KEY = "tailored_channel_pruning"
 VERSION = 2
@@ -39,7 +39,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     """Write a tailored (or dense) network to ``path``, a ``.safetensors`` file; return the path.
 
     The file holds every parameter and buffer; its metadata holds, as JSON, the shape of each now and in the dense
-    network, the groups and channel padding of modules, and the SHA-256 of all of it. It is whole or not there. What
+    network, the groups, channel padding and bare norms of modules, and the SHA-256 of all of it. It is whole or not there. What
     modules return from ``get_extra_state`` may be anything, so it is not stored, and a warning says so.
     """
     path, model = Path(path), unwrapped(model, "save")
@@ -121,6 +121,8 @@ def load(dense_model: nn.Module, path: str | Path) -> nn.Module:
     for name, attributes in spec["attributes"].items():
         if "padding" in attributes:
             small.get_submodule(name).padding = tuple(attributes["padding"])
+        if "num_features" in attributes:
+            small.get_submodule(name).num_features = attributes["num_features"]
     return small
 
 
@@ -142,6 +144,8 @@ def _attributes(module: nn.Module) -> dict:
         return {"num_groups": module.num_groups}
     if isinstance(module, nn.modules.padding._ConstantPadNd):
         return {"padding": list(module.padding)}
+    if isinstance(module, nn.modules.batchnorm._NormBase) and not own_tensors(module):
+        return {"num_features": module.num_features}
     return {}
 
 
@@ -314,6 +318,13 @@ def _check_attributes(path: Path, name: str, module: nn.Module, said: Any, group
             f"{path} sets num_groups of {name!r} to {str(said.get('num_groups'))[:40]}, where its weights have "
             f"{groups}: build the network that was saved, with as many groups."
         )
+    if "num_features" in dense:
+        found = said.get("num_features", dense["num_features"])  # older files do not say it
+        if type(found) is not int or not 1 <= found <= dense["num_features"]:
+            raise FileError(
+                f"{path} sets num_features of {name!r} to {str(found)[:40]}; the dense network has "
+                f"{dense['num_features']}, which can only become fewer."
+            )
     if "padding" in dense:
         found = said.get("padding")
         ints = isinstance(found, list) and all(type(amount) is int for amount in found)

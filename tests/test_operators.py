@@ -3,8 +3,6 @@ weights, transposed convolutions in groups, operators over space, sums over chan
 """
 
 import copy
-import itertools
-import warnings
 
 import pytest
 import torch
@@ -132,3 +130,64 @@ def test_torchscript_is_refused_with_what_to_do(made):
         tcp.trace(part, x)
     with pytest.raises(ValueError, match=r"^module '0' of the model is TorchScript"):
         tcp.trace(nn.Sequential(part, nn.ReLU(), nn.Conv2d(8, 4, 1)), x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can go
+
+
+def check(model, x, share=0.5):
+    """Assert that gated and smaller network agree, in eval and train mode; return the smaller one and its cost."""
+    model, x = model.double(), x.double()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    channels = tcp.trace(model, x)
+    open_units = random_open(channels, share, 1)
+    small = remove(model, channels, open_units)
+    gated = close(model, channels, open_units)
+    for training in (False, True):
+        torch.testing.assert_close(small.train(training)(x), gated.train(training)(x), rtol=1e-9, atol=1e-9)
+    with FlopCounterMode(display=False) as counter:
+        small.eval()(x[:1])
+    params = sum(parameter.numel() for parameter in small.parameters())
+    assert channels.cost(open_units) == {"macs": counter.get_total_flops() // 2, "params": params}
+    return channels, small
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.InstanceNorm2d, lambda n: nn.BatchNorm2d(n, affine=False, track_running_stats=False)]
+)
+def test_norms_without_parameters_are_gated(norm, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), norm(12), nn.ReLU(), nn.Conv2d(12, 8, 3), norm(8), nn.ReLU())
+    model.append(nn.Conv2d(8, 4, 1))
+    dense = copy.deepcopy(model)
+    channels, small = check(model, torch.randn(2, 3, 8, 8))
+    assert channels.prunable.sum() == 20
+    assert small[1].num_features == small[0].out_channels < 12
+    loaded = tcp.load(dense.double(), tcp.save(small, tmp_path / "small.safetensors"))
+    assert loaded[4].num_features == small[4].num_features < 8
+
+
+class Shared(nn.Module):
+    """One norm that is called on the input, or on two layers, of one width or of two."""
+
+    def __init__(self, how):
+        super().__init__()
+        widths = {"input": (3, 6), "tied": (6, 6), "two widths": (12, 6)}[how]
+        self.norm, self.how = nn.InstanceNorm2d(6 if how != "input" else 3), how
+        self.a, self.b, self.c = nn.Conv2d(3, widths[0], 3), nn.Conv2d(widths[0], widths[1], 3), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        x = self.norm(x) if self.how == "input" else x
+        x = F.relu(self.norm(self.a(x)))
+        x = self.b(x)
+        return self.c(F.relu(x if self.how == "input" else self.norm(x)))
+
+
+@pytest.mark.filterwarnings("ignore:input's size at dim=1")
+@pytest.mark.parametrize(("how", "prunable"), [("input", 6), ("tied", 6), ("two widths", 0)])
+def test_a_norm_without_parameters_may_be_called_on_anything(how, prunable):
+    channels, _ = check(Shared(how), torch.randn(2, 3, 8, 8))
+    assert channels.prunable.sum() == prunable

@@ -57,6 +57,7 @@ class Identities(TorchDispatchMode):
         entries: labels of every entry, for parameters that were used element by element.
         added: such parameters that need a gate, because a closed channel would not be zero without.
         fixed: parameters that must keep their shape.
+        ungated: weights that norms do not have and in whose place no gate can stand.
         norms, raw: gates of batch norms; of layers whose raw output is used, by weight and dimension.
         layers: output dimension of each convolution or linear layer, by weight, in the order in which they ran.
         weightless: layers that ran with a weight that is no parameter: what it is instead, how many outputs, and how
@@ -95,6 +96,7 @@ class Identities(TorchDispatchMode):
         self.entries: dict[str, Tensor] = {}
         self.added: set[str] = set()
         self.fixed: set[str] = set()
+        self.ungated: set[str] = set()
         self.norms: dict[str, Gate] = {}
         self.raw: dict[tuple[str, int], Gate] = {}
         self.layers: dict[str, int] = {}

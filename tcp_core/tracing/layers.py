@@ -78,7 +78,10 @@ def batch_norm(ids: Identities, call: Call) -> None:
     """Pass labels on; a gate on weight and bias makes a closed channel zero whatever came in."""
     x, result = call.args[0], call.outputs[0]
     weight, bias = call.args[1:3] if call.args[1] is None or isinstance(call.args[1], Tensor) else (None, None)
+    plain_norm = isinstance(ids.module, nn.modules.batchnorm._NormBase) and ids.module in ids.modules
     if ids.of(x) is None and weight is None:
+        if plain_norm:
+            _constant_gate(ids, torch.zeros(x.shape[1], dtype=torch.int64))
         return
     labels = ids.channelwise(x, 1, call.name) >> 1
     for tensor in call.args[1:]:
@@ -93,9 +96,8 @@ def batch_norm(ids: Identities, call: Call) -> None:
     plain = bias is None or isinstance(bias, nn.Parameter)  # a buffer cannot be gated
     if isinstance(weight, nn.Parameter) and weight in ids.names and plain:
         ids.keep_gate(ids.norms, ids.names[weight], Gate(None if bias is None else ids.names.get(bias), labels))
-    elif weight is None and isinstance(ids.module, nn.modules.batchnorm._BatchNorm) and ids.module in ids.modules:
-        prefix = f"{ids.here}." if ids.here else ""
-        ids.norms[f"{prefix}weight"] = Gate(f"{prefix}bias", labels, constant=True)
+    elif weight is None and plain_norm:
+        gated = _constant_gate(ids, labels)
     elif (
         isinstance(ids.module, nn.modules.instancenorm._InstanceNorm)
         and weight in ids.moved
@@ -105,8 +107,28 @@ def batch_norm(ids: Identities, call: Call) -> None:
         ids.keep_gate(ids.norms, name, Gate(of_bias, ids.entries[name]))
     else:
         gated = False  # running statistics may then move zero
+    if not gated:
         ids.consume(x)
     ids.set(result, along(labels, result, 1, unsafe=int(not gated)))
+
+
+def _constant_gate(ids: Identities, labels: Tensor) -> bool:
+    """Put a gate in the place of the weight that a norm does not have; return whether that is possible: such a norm may
+    be called on what has other channels, or another number of them, for it has nothing of their size.
+    """
+    prefix = f"{ids.here}." if ids.here else ""
+    place, size = f"{prefix}weight", ids.module.num_features
+    rows = labels.view(-1, size) if len(labels) % size == 0 else None  # an instance norm's repeat for each sample
+    known = ids.norms.pop(place, None)
+    if place in ids.ungated or rows is None or (rows != rows[0]).any():
+        ids.ungated.add(place)
+        if known is not None:
+            ids.freeze(known.labels, "norm of several widths")
+        return False
+    if known is not None:
+        ids.tie_positions(known.labels, rows[0])
+    ids.norms[place] = Gate(f"{prefix}bias", rows[0], constant=True)
+    return True
 
 
 FROZEN_NORM = ("weight", "bias", "running_mean", "running_var")
