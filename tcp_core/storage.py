@@ -39,8 +39,9 @@ def save(model: nn.Module, path: str | Path) -> Path:
     """Write a tailored (or dense) network to ``path``, a ``.safetensors`` file; return the path.
 
     The file holds every parameter and buffer; its metadata holds, as JSON, the shape of each now and in the dense
-    network, the groups, channel padding and bare norms of modules, and the SHA-256 of all of it. It is whole or not there. What
-    modules return from ``get_extra_state`` may be anything, so it is not stored, and a warning says so.
+    network, the groups of modules, their channel padding and the width of bare norms, and the SHA-256 of all of it. It
+    is whole or not there. What modules return from ``get_extra_state`` may be anything, so it is not stored, and a
+    warning says so.
     """
     path, model = Path(path), unwrapped(model, "save")
     if extra := _with_extra_state(model):

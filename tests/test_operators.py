@@ -191,3 +191,39 @@ class Shared(nn.Module):
 def test_a_norm_without_parameters_may_be_called_on_anything(how, prunable):
     channels, _ = check(Shared(how), torch.randn(2, 3, 8, 8))
     assert channels.prunable.sum() == prunable
+
+
+@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d])
+@pytest.mark.parametrize(("groups", "outputs"), [(12, 12), (4, 12), (6, 24), (3, 6)])
+@pytest.mark.parametrize("how", ["plain", "norm", "twice"])
+def test_transposed_convolutions_lose_whole_groups(kind, groups, outputs, how, tmp_path):
+    flat = kind is nn.ConvTranspose1d
+    conv = nn.Conv1d if flat else nn.Conv2d
+    if how == "twice":
+        outputs = 12
+    layer = kind(12, outputs, 4, 2, 1, groups=groups)
+    norm = [(nn.BatchNorm1d if flat else nn.BatchNorm2d)(outputs)] if how == "norm" else []
+    layers = [conv(3, 12, 3), nn.ReLU(), layer, *norm, nn.ReLU(), *([layer] if how == "twice" else [])]
+    model = nn.Sequential(*layers, conv(outputs, 4, 1))
+    dense = copy.deepcopy(model).double()
+    channels, small = check(model, torch.randn(2, 3, *[8] * (1 if flat else 2)))
+    assert channels.prunable.sum() == groups
+    layer = small[2]
+    assert 0 < layer.groups < groups
+    assert (layer.in_channels, layer.out_channels) == (12 // groups * layer.groups, outputs // groups * layer.groups)
+    assert {row.layer: row.prunable for row in channels.explain().rows}["2"] == outputs
+    loaded = tcp.load(dense, tcp.save(small, tmp_path / "small.safetensors"))
+    assert (loaded[2].groups, loaded[2].out_channels) == (layer.groups, layer.out_channels)
+
+
+def test_a_transposed_convolution_whose_groups_are_written_in_a_call_stays():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.kernel = block(3, 8), nn.Conv2d(8, 4, 1), nn.Parameter(torch.randn(8, 1, 2, 2))
+
+        def forward(self, x):
+            return self.b(F.conv_transpose2d(self.a(x), self.kernel, stride=2, groups=8))
+
+    channels, _ = check(Written(), torch.randn(2, 3, 8, 8))
+    assert not channels.prunable.any()

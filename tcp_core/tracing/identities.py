@@ -60,6 +60,7 @@ class Identities(TorchDispatchMode):
         ungated: weights that norms do not have and in whose place no gate can stand.
         norms, raw: gates of batch norms; of layers whose raw output is used, by weight and dimension.
         layers: output dimension of each convolution or linear layer, by weight, in the order in which they ran.
+        outputs_beside: labels of the outputs of weights that have no dimension for them.
         weightless: layers that ran with a weight that is no parameter: what it is instead, how many outputs, and how
             many ``layers`` ran before.
         calls: macs as (scale, labels of inputs, labels of outputs); constant_macs: those of activations with
@@ -100,6 +101,7 @@ class Identities(TorchDispatchMode):
         self.norms: dict[str, Gate] = {}
         self.raw: dict[tuple[str, int], Gate] = {}
         self.layers: dict[str, int] = {}
+        self.outputs_beside: dict[str, Tensor] = {}
         self.weightless: dict[str, tuple[str, int, int]] = {}
         self.calls: list[tuple[float, Tensor | None, Tensor | None]] = []
         self.constant_macs = 0

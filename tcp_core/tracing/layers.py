@@ -19,8 +19,6 @@ def convolution(ids: Identities, call: Call) -> None:
     name = ids.names.get(weight)
     if name not in ids.parameters:
         return _without_weight(ids, call, weight)
-    if transposed and groups > 1:
-        return ids.unknown(call)
     inputs = _inputs(ids, ids.channelwise(x, 1, call.name), call.name)
     out_dim = 1 if transposed else 0
     positions = math.prod((x if transposed else call.out).shape[2:]) * x.shape[0]
@@ -30,7 +28,11 @@ def convolution(ids: Identities, call: Call) -> None:
         outputs = _outputs(ids, name, out_dim, weight)
         _count(ids, scale, inputs, outputs)
     else:
-        outputs = _outputs(ids, name, out_dim, weight)
+        if transposed:  # the weight's dimension 1 is that of one group's outputs, and stays
+            ids.register(name, 0, inputs)
+            outputs = _outputs_beside(ids, name, weight.shape[1] * groups)
+        else:
+            outputs = _outputs(ids, name, out_dim, weight)
         if not isinstance(ids.module, nn.modules.conv._ConvNd) or ids.module._parameters.get("weight") is not weight:
             # The number of groups is written in the call, so it cannot follow.
             ids.freeze(torch.cat([inputs, outputs]), call.name)
@@ -39,6 +41,11 @@ def convolution(ids: Identities, call: Call) -> None:
         )
         _count(ids, scale * x.shape[1] // groups, None, outputs)
     _finish(ids, name, out_dim, outputs, bias, call.out, 1)
+    if transposed and groups > 1:
+        # A group's inputs have its unit, so a gate on their rows closes its outputs too; the bias is gated by itself.
+        ids.raw_outputs[call.out] = (name, 0, Gate(None, inputs))
+        if bias is not None and ids.names.get(bias) in ids.parameters:
+            ids.added.add(ids.names[bias])
 
 
 def linear(ids: Identities, call: Call) -> None:
@@ -202,6 +209,14 @@ def _outputs(ids: Identities, name: str, dim: int, weight: Tensor) -> Tensor:
         ids.freeze(labels, name, "", kind="fixed")
     ids.producers.append(labels)
     return labels
+
+
+def _outputs_beside(ids: Identities, name: str, size: int) -> Tensor:
+    """Return the labels of the outputs of a weight that has no dimension for them, the same at every use of it."""
+    if name not in ids.outputs_beside:
+        ids.outputs_beside[name] = ids.fresh(size)
+    ids.producers.append(ids.outputs_beside[name])
+    return ids.outputs_beside[name]
 
 
 def _finish(

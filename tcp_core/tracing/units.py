@@ -58,7 +58,10 @@ class Units:
         """Return the units as the value that everything else works with."""
         ids = self.ids
         cost_model = self._cost_model()
-        layers = tuple(Layer(w.rpartition(".")[0], w, self.of(ids.dims[w, dim])) for w, dim in ids.layers.items())
+        outputs = {
+            w: ids.outputs_beside[w] if w in ids.outputs_beside else ids.dims[w, d] for w, d in ids.layers.items()
+        }
+        layers = tuple(Layer(w.rpartition(".")[0], w, self.of(labels)) for w, labels in outputs.items())
         sole, bundled = _sole(cost_model)
         prunable = ~self.frozen & ~sole & ~bundled
         patterns = tuple(ignored)
