@@ -37,15 +37,23 @@ class Recurrent(nn.Module):
         return self.head(self.layer(self.conv(x).transpose(1, 2))[0].mean(1))
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}])
+TWO = {"num_layers": 2, "bidirectional": True}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize(
+    ("kind", "options"), [(nn.LSTM, {}), (nn.LSTM, TWO | {"proj_size": 3}), (nn.GRU, TWO), (nn.RNN, TWO)]
+)
 def test_recurrent_layers_are_counted_as_if_they_were_unrolled(kind, options):
     model, x = Recurrent(kind, **options), torch.randn(2, 3, 5)
     model(x)
     unrolled = copy.deepcopy(model).double()  # which torch has no single operator for
     with FlopCounterMode(display=False) as counter:
         unrolled.eval()(x[:1].double())
-    assert tcp.trace(model, x).cost()["macs"] == counter.get_total_flops() // 2
+    channels = tcp.trace(model, x)
+    assert channels.cost()["macs"] == counter.get_total_flops() // 2
+    assert [row.layer for row in channels.explain().rows] == ["conv.0", "head"]
+    assert channels.unknown == ((kind.__name__.lower() + "_tanh" * (kind is nn.RNN), "layer"),)
 
 
 class Bilinear(nn.Module):
@@ -227,3 +235,59 @@ def test_a_transposed_convolution_whose_groups_are_written_in_a_call_stays():
 
     channels, _ = check(Written(), torch.randn(2, 3, 8, 8))
     assert not channels.prunable.any()
+
+
+def unpooled(x, y):
+    values, places = F.max_pool2d(x, 2, return_indices=True)
+    return F.max_unpool2d(values, places, 2)
+
+
+def unpooled_elsewhere(x, y):
+    return F.max_unpool2d(F.avg_pool2d(x, 2), F.max_pool2d(y, 2, return_indices=True)[1], 2)
+
+
+def sampled(x, y):
+    """Where it is sampled depends on channels, which stay."""
+    grid = torch.tanh(y.mean((2, 3)))[:, :2, None, None].expand(-1, -1, 3, 3).permute(0, 2, 3, 1)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+SPATIAL = {
+    "circular": (lambda x, y: F.pad(x, (1, 2, 0, 1), mode="circular"), 16),
+    "circular over channels": (lambda x, y: F.pad(x.transpose(1, 3), (1, 1, 1, 1), mode="circular")[..., 1:-1], 8),
+    "unpooled": (unpooled, 16),
+    "unpooled elsewhere": (unpooled_elsewhere, 8),
+    "sampled": (sampled, 8),
+    "turned": (lambda x, y: torch.rot90(x, 1, (2, 3)), 16),
+    "turned with channels": (lambda x, y: torch.rot90(x, 1, (1, 2)).transpose(1, 2), 16),
+    "unfolded": (lambda x, y: x.unfold(2, 3, 2).mean(-1), 16),
+    "largest": (lambda x, y: x.flatten(2).topk(3)[0].unsqueeze(-1), 16),
+    "sorted": (lambda x, y: x.sort(2, descending=True)[0], 16),
+    "sorted channels": (lambda x, y: x.sort(1)[0], 8),
+}
+
+
+class Spatial(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.how = block(3, 8), block(3, 8), SPATIAL[how][0]
+        self.c, self.d = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.b(x)
+        x = self.how(self.a(x), y)
+        x = x.transpose(1, 3) if x.shape[1] != self.c.in_channels and x.shape[3] == self.c.in_channels else x
+        return self.c(x).mean((2, 3)) + self.d(y).mean((2, 3))
+
+
+@pytest.mark.parametrize("how", SPATIAL)
+def test_operators_over_space_leave_channels_alone(how):
+    channels, _ = check(Spatial(how), torch.randn(2, 3, 6, 6))
+    assert channels.prunable.sum() == SPATIAL[how][1]
+
+
+def test_circular_padding_of_a_convolution_whose_input_is_raw():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.Flatten())
+    model.append(nn.Linear(8 * 16, 4))
+    channels, _ = check(model, torch.randn(2, 3, 6, 6))
+    assert channels.prunable.sum() == 16

@@ -46,8 +46,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like"), movement.like),
     **dict.fromkeys(("bernoulli", "uniform", "normal", "exponential", "native_dropout"), movement.like),
     **dict.fromkeys(("permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "flip", "repeat"), movement.move),
-    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), movement.move),
+    **dict.fromkeys(("rot90", "pixel_shuffle", "pixel_unshuffle"), movement.move),
     **dict.fromkeys(("slice", "select", "index", "index_select", "roll", "unbind", "split_with_sizes"), movement.pick),
+    "unfold": movement.pick,
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), movement.view),
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), movement.shuffle),
     **dict.fromkeys(("cat", "stack"), movement.cat),
@@ -57,6 +58,9 @@ RULES: dict[str, Rule] = {
     "glu": movement.glu,
     "split": movement.split,
     "constant_pad_nd": movement.pad,
+    **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d", "cudnn_grid_sampler"), movement.sample),
+    **dict.fromkeys(("max_unpool2d", "max_unpool3d"), movement.unpool),
+    **dict.fromkeys(("sort", "topk"), movement.order),
     "copy": movement.copy,
 }
 
@@ -86,6 +90,13 @@ def rule_of(func: Any, name: str) -> Rule:
 def rule_within(module: nn.Module) -> ModuleRule | None:
     """Return the rule for a module that counts as one operator, whatever it consists of."""
     return layers.frozen_norm if layers.is_frozen_norm(module) else None
+
+
+def rule_of_function(ids: Identities, name: str, args: tuple, kwargs: dict) -> ModuleRule | None:
+    """Return the rule for a function that counts as one operator, whatever it consists of."""
+    if name == "pad":
+        return movement.circular_pad(ids, args, kwargs)
+    return layers.recurrent(ids, name, args, kwargs) if name in layers.RECURRENT else None
 
 
 def trace(
@@ -126,7 +137,7 @@ def trace(
     ignored = _matching_modules(model, [ignore] if isinstance(ignore, str) else list(ignore), "ignore")
     left_over = _matching_modules(model, [unused] if isinstance(unused, str) else list(unused), "unused")
     also = list(also)
-    ids = Identities(model, rule_of, rule_within)
+    ids = Identities(model, rule_of, rule_within, rule_of_function)
     ids.watched = {module: [] for modules in ignored.values() for module in modules}
     with left_as_found(model), full_precision():
         ids.run("train", *_samples(model, example_input, 2))  # batch norm wants two values a channel

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 from .calls import Call
-
-RECURRENT = ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "_lstm_mps", "lstm", "gru", "rnn_tanh", "rnn_relu")
-"""Operators that are whole recurrent layers, for which torch's own counter has no rule."""
 
 NO_PRODUCTS = ("embedding", "norm", "index", "gather", "scatter", "where", "copy", "grid_sampler", "im2col", "col2im")
 """Parts of names of operators that take matrices and multiply by none."""
@@ -22,8 +19,6 @@ def constant_macs(call: Call) -> int | None:
     packet = call.func._overloadpacket
     if packet in flop_registry:
         return flop_registry[packet](*call.args, **call.kwargs, out_val=call.out) // 2
-    if call.name in RECURRENT:
-        return _recurrent(call)
     if call.name == "linear":
         return call.out.numel() * call.args[0].shape[-1]
     if any(part in call.name for part in NO_PRODUCTS):
@@ -31,12 +26,8 @@ def constant_macs(call: Call) -> int | None:
     return None
 
 
-def _recurrent(call: Call) -> int:
+def recurrent_macs(x: Tensor, weights: Sequence[Tensor]) -> int:
     """Return the macs of a recurrent layer: each step multiplies by every matrix of each direction, by those of inputs,
-    of the state and of projections, whether torch runs it as one operator or unrolls it.
+    of the state and of projections. Torch's own counter has them where it runs as many operators, not where as one.
     """
-    x, *_ = call.args
-    given = {each.name: call.argument(at, each.name) for at, each in enumerate(call.func._schema.arguments)}
-    named = [value for name, value in given.items() if name == "params" or name.startswith("weight")]
-    matrices = [leaf for leaf in pytree.tree_leaves(named) if isinstance(leaf, Tensor) and leaf.ndim == 2]
-    return math.prod(x.shape[:-1]) * sum(matrix.numel() for matrix in matrices)
+    return math.prod(x.shape[:-1]) * sum(weight.numel() for weight in weights if weight.ndim == 2)

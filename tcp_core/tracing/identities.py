@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -37,6 +38,10 @@ Rule = Callable[["Identities", Call], None]
 
 ModuleRule = Callable[["Identities", tuple, list[Tensor]], None]
 """Takes the place of rules for operators while a module runs: given its arguments, it gives outputs their codes."""
+
+
+FunctionRule = Callable[["Identities", str, tuple, dict], ModuleRule | None]
+"""Given a function that begins to run, by name, and its arguments, returns the rule for all that it consists of."""
 
 
 class Identities(TorchDispatchMode):
@@ -76,11 +81,13 @@ class Identities(TorchDispatchMode):
         model: nn.Module,
         rule_of: Callable[[Any, str], Rule],
         rule_within: Callable[[nn.Module], ModuleRule | None],
+        rule_of_function: FunctionRule,
     ) -> None:
         super().__init__()
         self.model = model
         self.rule_of = rule_of
         self.rule_within = rule_within
+        self.rule_of_function = rule_of_function
         self.labels = 1
         self.ties: list[Tensor] = []
         self.bundles: list[tuple[str, str, Tensor]] = []
@@ -146,7 +153,7 @@ class Identities(TorchDispatchMode):
             nn.modules.module.register_module_forward_hook(self._leave),
         )
         try:
-            with torch.no_grad(), WholeDropout(), self:
+            with torch.no_grad(), WholeDropout(), WholeFunctions(self), self:
                 output = self.model(*args, **kwargs)
         except Exception as error:
             given = ", ".join(f"{x.dtype} of shape {tuple(x.shape)}" for x in inputs)
@@ -348,17 +355,21 @@ class Identities(TorchDispatchMode):
         unless another is given.
         """
         for tensor in call.tensors:
-            for name in (self.names.get(tensor), self.transposed.get(tensor, (None,))[0]):
-                if name is not None:
-                    self.fixed.add(name)
-            if (codes := self.codes.get(tensor)) is not None:
-                self.freeze(labels_in(codes), what or call.name, kind=kind)
+            self.keep(tensor, what or call.name, kind)
         if self.counting:
             # Products of activations, as in attention: their size does not change, so they are a fixed cost.
             macs = constant_macs(call)
             self.constant_macs += macs or 0
             if macs is None and self.multiplied(call):
                 self.uncounted.setdefault(call.name, self.here)
+
+    def keep(self, tensor: Tensor, what: str, kind: str = "unknown") -> None:
+        """Freeze the channels of a tensor that enters something, and a parameter that it is."""
+        for name in (self.names.get(tensor), self.transposed.get(tensor, (None,))[0]):
+            if name is not None:
+                self.fixed.add(name)
+        if (codes := self.codes.get(tensor)) is not None:
+            self.freeze(labels_in(codes), what, kind=kind)
 
     def multiplied(self, call: Call) -> bool:
         """Say whether an operator may well multiply what a sample makes by a matrix that is a parameter."""
@@ -379,3 +390,22 @@ class Identities(TorchDispatchMode):
             gates[place] = gate
         elif gate.bias not in (None, known.bias):
             self.added.add(gate.bias)
+
+
+class WholeFunctions(TorchFunctionMode):
+    """Functions that count as one operator, whatever they consist of."""
+
+    def __init__(self, ids: Identities) -> None:
+        super().__init__()
+        self.ids = ids
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, ids = kwargs or {}, self.ids
+        if ids.within or (rule := ids.rule_of_function(ids, getattr(func, "__name__", ""), args, kwargs)) is None:
+            return func(*args, **kwargs)
+        before = ids.arguments
+        ids.within, ids.arguments = rule, args
+        try:
+            return func(*args, **kwargs)
+        finally:
+            ids.within, ids.arguments = None, before

@@ -6,10 +6,12 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .calls import Call, Gate
 from .codes import along, labels_in, varies
-from .identities import Identities
+from .counting import recurrent_macs
+from .identities import Identities, ModuleRule
 
 
 def convolution(ids: Identities, call: Call) -> None:
@@ -163,6 +165,21 @@ def frozen_norm(ids: Identities, args: tuple, outputs: list[Tensor]) -> None:
         dim = 1 if tensor.ndim > 1 else 0
         if tensor.ndim and tensor.shape[dim] == len(labels):
             ids.set(tensor, along(labels, tensor, dim))
+
+
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+"""Recurrent layers as functions."""
+
+
+def recurrent(ids: Identities, name: str, args: tuple, kwargs: dict) -> ModuleRule:
+    """Freeze what enters a recurrent layer, and count it, at once: most run as some twenty operators a step."""
+    for tensor in pytree.tree_leaves((args, kwargs)):
+        if isinstance(tensor, Tensor):
+            ids.keep(tensor, name)
+            ids.consume(tensor)
+    if ids.counting:
+        ids.constant_macs += recurrent_macs(args[0], [arg for arg in args if isinstance(arg, (list, tuple))][-1])
+    return lambda ids, args, outputs: None
 
 
 def group_norm(ids: Identities, call: Call) -> None:

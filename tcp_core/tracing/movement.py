@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .calls import Call
 from .codes import along, first, labels_in, marked, narrow, varies, view_groups
-from .identities import Identities
+from .identities import Identities, ModuleRule
 
 
 def same(ids: Identities, call: Call) -> None:
@@ -248,6 +248,59 @@ def in_space(ids: Identities, call: Call) -> None:
         return ids.unknown(call)
     for position, result in enumerate(call.outputs):
         ids.set(result, marked(first(codes, space), int(position > 0)).expand(result.shape))
+
+
+def circular_pad(ids: Identities, args: tuple, kwargs: dict) -> ModuleRule | None:
+    """Pad with what is on the other side: all tensors that this is made of have the channels of the input."""
+    given = dict(zip(("input", "pad", "mode"), args, strict=False)) | kwargs
+    x, amounts = given["input"], given["pad"]
+    codes = ids.of(x)
+    space = range(x.ndim - len(amounts) // 2, x.ndim)
+    if given.get("mode") != "circular" or codes is None or any(varies(codes, dim) for dim in space):
+        return None
+    ids.consume(x)
+
+    def rule(ids: Identities, args: tuple, outputs: list[Tensor]) -> None:
+        for result in outputs:
+            ids.set(result, first(codes, space).expand(result.shape))
+
+    return rule
+
+
+def sample(ids: Identities, call: Call) -> None:
+    """Sample each channel at the same places."""
+    x, grid = call.args[:2]
+    ids.keep(grid, call.name)
+    codes = ids.of(x)
+    if codes is None:
+        return
+    if any(varies(codes, dim) for dim in range(codes.ndim) if dim != 1):
+        return ids.unknown(call)
+    ids.set(call.out, first(codes, range(2, codes.ndim)).expand(call.out.shape))
+
+
+def unpool(ids: Identities, call: Call) -> None:
+    """Put each channel's values where its own indices say; zeros stay zeros."""
+    codes, places = (ids.of(tensor) for tensor in call.args[:2])
+    if codes is None and places is None:
+        return
+    space = range(call.out.ndim - (3 if "3d" in call.name else 2), call.out.ndim)
+    if codes is None or places is None or any(varies(each, dim) for each in (codes, places) for dim in space):
+        return ids.unknown(call)
+    ids.tie_positions(first(codes, space) >> 1, first(places, space) >> 1)
+    ids.set(call.out, first(codes, space).expand(call.out.shape))
+
+
+def order(ids: Identities, call: Call) -> None:
+    """Sort, or take the largest, along a dimension without channels; zeros stay zeros."""
+    codes = ids.of(call.args[0])
+    if codes is None:
+        return
+    dim = call.argument(2 if call.name == "topk" else 1, "dim", -1) % codes.ndim
+    if varies(codes, dim) or call.func._overloadname not in ("default", "stable"):
+        return ids.unknown(call)
+    for position, result in enumerate(call.outputs):
+        ids.set(result, marked(first(codes, [dim]), int(position > 0)).expand(result.shape))
 
 
 def spatial_dims(name: str) -> int:
