@@ -291,3 +291,52 @@ def test_circular_padding_of_a_convolution_whose_input_is_raw():
     model.append(nn.Linear(8 * 16, 4))
     channels, _ = check(model, torch.randn(2, 3, 6, 6))
     assert channels.prunable.sum() == 16
+
+
+SUMS = {
+    "energy": (lambda x: x * torch.sigmoid(x.square().sum(1, keepdim=True)), 8),
+    "squeezed": (lambda x: x * x.abs().sum((1, 2, 3))[:, None, None, None], 8),
+    "normalised": (lambda x: F.normalize(x, dim=1), 8),
+    "L1": (lambda x: x / (1 + torch.linalg.vector_norm(x, 1, (1, 2), keepdim=True)), 8),
+    "with another": (lambda x: x * torch.cat([x, x.new_ones(len(x), 1, 6, 6)], 1).sum(1, keepdim=True), 8),
+    "not zero": (lambda x: x * x.exp().sum(1, keepdim=True), 0),
+    "not zero, norm": (lambda x: x * (x + 1).norm(dim=1, keepdim=True), 0),
+    "smallest": (lambda x: x * torch.linalg.vector_norm(x, -1, 1, keepdim=True), 0),
+    "mean": (lambda x: x * x.mean(1, keepdim=True), 0),
+    "mean by hand": (lambda x: x * x.sum(1, keepdim=True) / x.shape[1], 0),
+    "largest": (lambda x: x * x.neg().amax(1, keepdim=True), 0),
+    "softmax": (lambda x: x * x.softmax(1).sum(1, keepdim=True), 0),
+    "logarithm": (lambda x: x * x.logsumexp(1, keepdim=True), 0),
+}
+
+
+@pytest.mark.parametrize("how", SUMS)
+def test_a_sum_over_channels_ties_only_what_is_not_zero_when_closed(how):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Tanh(), Sum(SUMS[how][0]))
+    channels, _ = check(model.append(nn.Conv2d(8, 4, 1)), torch.randn(2, 3, 6, 6))
+    assert channels.prunable.sum() == SUMS[how][1]
+
+
+class Sum(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        return self.how(x)
+
+
+class Towers(nn.Module):
+    """A product of two towers, summed: what is summed are the products, zero if either factor is."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)) for _ in range(2))
+
+    def forward(self, x):
+        return (self.a(x) * self.b(x)).sum(-1, keepdim=True)
+
+
+def test_a_product_of_two_towers_loses_what_both_lose():
+    channels, _ = check(Towers(), torch.randn(2, 6))
+    assert channels.prunable.sum() == 8 + 8 + 5

@@ -44,6 +44,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("addmm", "mm", "linear"), layers.linear),
     **dict.fromkeys(("clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "dropout"), movement.same),
     **dict.fromkeys(("empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like"), movement.like),
+    **dict.fromkeys(("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"), movement.new),
     **dict.fromkeys(("bernoulli", "uniform", "normal", "exponential", "native_dropout"), movement.like),
     **dict.fromkeys(("permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "flip", "repeat"), movement.move),
     **dict.fromkeys(("rot90", "pixel_shuffle", "pixel_unshuffle"), movement.move),

@@ -55,7 +55,7 @@ def pointwise(ids: Identities, call: Call) -> None:
             views.append(small >> 1)
             continue
         pattern = pattern | 1 << bit
-        if any(shape[dim] > 1 for dim in varying):
+        if any(shape[dim] > 1 and tensors[bit].stride(dim - out.ndim) for dim in varying):  # one that is expanded can
             views.append(torch.zeros(sizes, dtype=torch.int64))
             attribute = attribute or ids.attributes.get(tensors[bit], "")
     label = torch.zeros((), dtype=torch.int64)

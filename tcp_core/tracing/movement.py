@@ -34,6 +34,10 @@ def like(ids: Identities, call: Call) -> None:
         ids.set(result, codes if codes is None or passes else marked(codes))
 
 
+def new(ids: Identities, call: Call) -> None:
+    """Give a new tensor of sizes that are written in the call no channels, whatever tensor it was asked of."""
+
+
 def copy(ids: Identities, call: Call) -> None:
     """Copy in place."""
     target, source = call.args[:2]
@@ -197,7 +201,9 @@ def _padding(ids: Identities, position: int, before: int, after: int, unsafe: in
 
 
 def reduce(ids: Identities, call: Call) -> None:
-    """Reduce over dimensions without channels, or sum over channels, whose summands stay or go together."""
+    """Reduce over dimensions without channels, or sum over channels: one that is zero when closed adds nothing, and of
+    others all summands stay or go together.
+    """
     codes = ids.of(call.args[0])
     if codes is None:
         return
@@ -206,9 +212,15 @@ def reduce(ids: Identities, call: Call) -> None:
     dims = [dim % codes.ndim for dim in dims]
     result, *extra = call.outputs
     if any(varies(codes, dim) for dim in dims):
-        if call.name != "sum":
+        norm = call.name == "linalg_vector_norm" and call.argument(1, "ord", 2) > 0
+        if call.name != "sum" and not norm:
             return ids.unknown(call)
         small = narrow(codes)
+        held = all(dim in dims for dim in range(codes.ndim) if varies(codes, dim))
+        if held and not ((small & 1 == 1) & (small >> 1 > 0)).any():
+            return None  # a number that all channels share, which is no channel, as are the inputs of the model
+        if norm:
+            return ids.unknown(call)
         label = (small >> 1).amax(dims, keepdim=True)
         ids.tie_positions(small >> 1, label, within="sum over channels")
         codes = ((label << 1) | (small & 1).amax(dims, keepdim=True)).expand_as(codes)
