@@ -42,8 +42,8 @@ class Budget:
     Each bound is a fraction of the dense network's cost (a float in (0, 1], or a string such as ``"40%"``) or absolute.
 
     Attributes:
-        macs: multiply-accumulates of convolutions and linear layers for one sample, which is what pruning papers print
-            as FLOPs; absolute as an int or ``"60M"``.
+        macs: multiply-accumulates of convolutions, linear and recurrent layers and products in attention for one
+            sample, which is what pruning papers print as FLOPs; absolute as an int or ``"60M"``.
         flops: 2 x macs, which is what ``torch.utils.flop_counter`` counts.
         params: entries of all parameters.
         memory: most bytes of activations that are alive at one time, in eval mode and without gradients, the inputs

@@ -3,15 +3,19 @@ weights, transposed convolutions in groups, operators over space, sums over chan
 """
 
 import copy
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import random_open
 
 import tcp_core as tcp
+from tcp_core import storage
 from tcp_core.gates import close
 from tcp_core.removal import remove
 
@@ -176,6 +180,48 @@ def test_norms_without_parameters_are_gated(norm, tmp_path):
     assert small[1].num_features == small[0].out_channels < 12
     loaded = tcp.load(dense.double(), tcp.save(small, tmp_path / "small.safetensors"))
     assert loaded[4].num_features == small[4].num_features < 8
+
+
+def test_a_file_cannot_widen_a_norm_without_parameters(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6))
+    path = tcp.save(model, tmp_path / "file.safetensors")
+    with safe_open(path, framework="pt") as file:
+        spec = json.loads(file.metadata()[storage.KEY])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    for value in (7, 0, True, None):
+        said = {key: what for key, what in spec.items() if key != "sha256"} | {
+            "attributes": {"1": {"num_features": value}}
+        }
+        said["sha256"] = storage._digest(said, tensors)
+        save_file(tensors, path, metadata={storage.KEY: json.dumps(said)})
+        with pytest.raises(tcp.FileError, match="sets num_features of '1' to"):
+            tcp.load(model, path)
+
+
+def test_a_run_makes_them_smaller_in_place():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(
+            nn.Conv2d(3, 16, 3),
+            nn.InstanceNorm2d(16),
+            nn.ReLU(),
+            nn.ConvTranspose2d(16, 32, 2, 2, groups=16),
+            nn.ReLU(),
+        ),
+        *(nn.Conv2d(32, 8, 3), nn.InstanceNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)),
+    )
+    x, y = torch.randn(8, 3, 8, 8), torch.randint(2, (8,))
+    tailor = tcp.Tailor(model, x[:2], budget={"macs": 0.5}, steps=60, multiple=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(tailor(x), y).backward()
+        optimizer.step()
+        tailor.step()
+    assert tailor.finish() is model
+    assert model[1].num_features == model[0].out_channels == model[3].in_channels == model[3].groups < 16
+    assert model[3].out_channels == model[5].in_channels == 2 * model[3].groups
+    assert model[6].num_features == model[5].out_channels
 
 
 class Shared(nn.Module):

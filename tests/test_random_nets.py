@@ -263,11 +263,9 @@ TIED_IN_PAIRS = {"swap_halves": 3 + 4, "glu_of_halves": 3 + 4}
 # Exact as they are, but a tracer would have to follow constants or know one more operator to see it.
 FREEZING = {
     "add_sub",
-    "cat_zeros",
     "cat_zeros_like",
     "maximum_zero",
     "pad_and_slice",
-    "pad_space_circular",
     "roll",
     "unfold_and_sum",
 }
@@ -296,11 +294,13 @@ KNOWN = [
     ("depthwise", {}, 6 + 4),
     ("depthwise", {"multiplier": 2}, 6 + 4),
     ("transposed", {}, 6 + 8 + 4),
+    ("transposed", {"groups": 2}, 2 + 4),
     ("conv", {"groups": 2}, 2 + 4),  # whole groups are tied, input and output together
     ("conv", {"norm": "group"}, 6 + 2 + 4),  # and so are those that a group norm takes together
     ("conv", {"norm": "groups_of_two"}, 6 + 4 + 4),
     ("conv", {"norm": "groups_plain"}, 6 + 4),
     ("conv", {"norm": "instance"}, 6 + 8 + 4),
+    ("conv", {"norm": "instance_plain"}, 6 + 8 + 4),
     ("conv", {"norm": "instance_tracked"}, 6 + 4),
     ("functional", {}, 6 + 8 + 4),
     ("twice", {}, 6 + 4),

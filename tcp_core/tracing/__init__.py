@@ -1,8 +1,9 @@
 """Finding the units of a network: run it once and carry, beside every activation, which channel each element is.
 
 :mod:`.codes` says what is carried, :mod:`.identities` carries it, :mod:`.layers`, :mod:`.movement` and
-:mod:`.arithmetic` say what operators do to it, :mod:`.units` turns it into :class:`~tcp_core.Channels`. Whatever is
-not understood freezes the channels that enter it: never wrong, at worst less prunable.
+:mod:`.arithmetic` say what operators do to it, :mod:`.counting` what operators without channels cost, :mod:`.units`
+turns it into :class:`~tcp_core.Channels`. Whatever is not understood freezes the channels that enter it: never wrong,
+at worst less prunable.
 """
 
 from __future__ import annotations

@@ -88,6 +88,18 @@ def unfold_and_sum(x):
     return patches.sum(2).view_as(x)
 
 
+def sample_space(x):
+    grid = torch.linspace(-1, 1, 18, dtype=x.dtype).view(1, 3, 3, 2).expand(x.size(0), -1, -1, -1)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def unpool(x):
+    if x.size(2) % 2 or x.size(3) % 2:
+        return x
+    values, places = F.max_pool2d(x, 2, return_indices=True)
+    return F.max_unpool2d(values, places, 2)
+
+
 def straight_through(x):
     return x + (x.sign() - x).detach()
 
@@ -133,6 +145,12 @@ SAFE = {  # f(0) = 0 in every channel, and no channel looks at another
     "slice_space": lambda x: x[:, :, ::2, ::2] if x.size(2) > 3 else x,
     "flip_space": lambda x: x.flip(2),
     "roll_space": lambda x: x.roll((1, -1), (2, 3)),
+    "turn_space": lambda x: x.rot90(1, (2, 3)),
+    "unfold_space": lambda x: x.unfold(2, 2, 1).mean(-1) if x.size(2) > 2 else x,
+    "sort_space": lambda x: x.flatten(2).sort(-1).values.view_as(x),
+    "largest_of_space": lambda x: x * x.flatten(2).topk(1).values.unsqueeze(-1).tanh(),
+    "sample_space": sample_space,
+    "unpool": unpool,
     "transpose_space": lambda x: x.transpose(2, 3),
     "cumsum_space": lambda x: x.cumsum(2) / 4,
     "tokens_and_back": tokens_and_back,
@@ -184,6 +202,7 @@ UNSAFE = {  # f(0) != 0, or channels look at each other: frozen, or right all th
     "log_softmax": lambda x: F.log_softmax(x, 1),
     "attention_by_mean": lambda x: x * x.mean(1, keepdim=True).sigmoid(),
     "attention_by_max": lambda x: x * x.amax(1, keepdim=True),
+    "energy": lambda x: x * x.square().sum(1, keepdim=True).tanh(),
     "attention_by_norm": lambda x: x * x.square().sum(1, keepdim=True).sigmoid(),
     "attention_by_all": lambda x: x * x.mean((1, 2, 3), keepdim=True).sigmoid(),
     "center_over_channels": lambda x: x - x.mean(1, keepdim=True),
@@ -250,6 +269,7 @@ NORMS = {
     "groups_of_two": lambda channels: nn.GroupNorm(channels // math.gcd(2, channels), channels),
     "groups_plain": lambda channels: nn.GroupNorm(math.gcd(4, channels), channels, affine=False),
     "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True),
+    "instance_plain": lambda channels: nn.InstanceNorm2d(channels),
     "instance_tracked": lambda channels: nn.InstanceNorm2d(channels, track_running_stats=True),
 }
 
