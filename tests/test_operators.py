@@ -64,11 +64,12 @@ class Bilinear(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.both, self.norm = nn.Linear(4, 8), nn.Bilinear(8, 8, 3), nn.LayerNorm([2, 3])
-        self.place = nn.Parameter(torch.randn(4, 6))
+        self.place = nn.Parameter(torch.randn(4, 6))  # met by operators that move data, or work element by element
 
     def forward(self, x):
         y = self.a(x)
-        return self.norm(self.both(y, y).unflatten(0, (-1, 1)).expand(-1, 2, -1)) + self.place.sum()
+        y = self.norm(self.both(y, y).unflatten(0, (-1, 1)).expand(-1, 2, -1))
+        return torch.cat([self.place, y.flatten(1)]) * self.place[:1]
 
 
 def test_operators_whose_products_are_not_counted_are_named():

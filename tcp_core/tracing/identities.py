@@ -360,7 +360,7 @@ class Identities(TorchDispatchMode):
             # Products of activations, as in attention: their size does not change, so they are a fixed cost.
             macs = constant_macs(call)
             self.constant_macs += macs or 0
-            if macs is None and self.multiplied(call):
+            if macs is None and self.rule_of(call.func, call.name) is Identities.unknown and self.multiplied(call):
                 self.uncounted.setdefault(call.name, self.here)
 
     def keep(self, tensor: Tensor, what: str, kind: str = "unknown") -> None:
@@ -373,8 +373,10 @@ class Identities(TorchDispatchMode):
 
     def multiplied(self, call: Call) -> bool:
         """Say whether an operator may well multiply what a sample makes by a matrix that is a parameter."""
-        entries = (self.parameters[name] for each in call.tensors if (name := self.parameter(each)))
-        matrix = any(sum(size > 1 for size in parameter.shape) > 1 for parameter in entries)
+        shapes = [
+            self.parameters[name].shape for each in call.tensors if (name := self.parameter(each)) in self.parameters
+        ]
+        matrix = any(sum(size > 1 for size in shape) > 1 for shape in shapes)
         return matrix and any(each in self.fed and has_values(each) for each in call.tensors)
 
     def consume(self, tensor: Tensor) -> None:

@@ -62,6 +62,7 @@ class Units:
             w: ids.outputs_beside[w] if w in ids.outputs_beside else ids.dims[w, d] for w, d in ids.layers.items()
         }
         layers = tuple(Layer(w.rpartition(".")[0], w, self.of(labels)) for w, labels in outputs.items())
+        plain = {layer.name for layer in layers}
         sole, bundled = _sole(cost_model)
         prunable = ~self.frozen & ~sole & ~bundled
         patterns = tuple(ignored)
@@ -79,7 +80,7 @@ class Units:
             causes=causes,
             slots=self.slots,
             layers=layers,
-            weightless=tuple(Weightless(name, *known) for name, known in ids.weightless.items()),
+            weightless=tuple(Weightless(name, *how) for name, how in ids.weightless.items() if name not in plain),
             sites=self._sites(),
             paddings=tuple(Padding(m, at, self.of(front), self.of(back)) for m, (at, front, back) in ids.pads.items()),
             shapes=tensor_shapes(ids.model),
