@@ -60,6 +60,26 @@ def test_recurrent_layers_are_counted_as_if_they_were_unrolled(kind, options):
     assert channels.unknown == ((kind.__name__.lower() + "_tanh" * (kind is nn.RNN), "layer"),)
 
 
+class Attention(nn.Module):
+    def __init__(self, fused):
+        super().__init__()
+        self.qkv, self.out, self.fused = nn.Linear(8, 24), nn.Linear(8, 3), fused
+
+    def forward(self, x):
+        q, k, v = (each.unflatten(-1, (2, 4)).transpose(1, 2) for each in self.qkv(x).chunk(3, -1))
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = (q @ k.transpose(2, 3) / 2).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_attention_is_counted_whether_or_not_it_is_fused():
+    one, other = (tcp.trace(Attention(fused), torch.randn(2, 5, 8)).cost() for fused in (True, False))
+    assert one == other
+    assert one["macs"] == 5 * 8 * (24 + 3) + 2 * (2 * 5 * 5 * 4)
+
+
 class Bilinear(nn.Module):
     def __init__(self):
         super().__init__()

@@ -19,6 +19,9 @@ def constant_macs(call: Call) -> int | None:
     packet = call.func._overloadpacket
     if packet in flop_registry:
         return flop_registry[packet](*call.args, **call.kwargs, out_val=call.out) // 2
+    if call.name.strip("_").startswith("scaled_dot_product"):  # a fused one that the registry lacks, as that of CPUs
+        query, key, value = call.args[:3]
+        return math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
     if call.name == "linear":
         return call.out.numel() * call.args[0].shape[-1]
     if any(part in call.name for part in NO_PRODUCTS):
