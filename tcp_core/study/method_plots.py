@@ -181,10 +181,10 @@ def freeze_figure(run: Closing) -> Figure:
         fig, axes = plt.subplots(figsize=(8.4, 3.9))
         axes.plot(steps, gates[:, ~losing], color=COLORS["tailored"], lw=0.9, alpha=0.5)
         axes.plot(steps, gates[:, losing], color=LOSING, lw=0.7, alpha=0.4)
-        for at, text in ((run.final_at, "set is final"), (run.frozen_at, "removed")):
+        for at, text, side in ((run.final_at, "set is final", "right"), (run.frozen_at, "removed", "center")):
             axes.axvline(at, color=COLORS["text"], lw=1, linestyle=DOTS)
             place = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "fontsize": 9}
-            axes.annotate(text, (at, 1), (0, 4), ha="center", **place)
+            axes.annotate(text, (at, 1), (0, 4), ha=side, **place)
         axes.set(xlim=(0, 1.04 * run.frozen_at), ylim=(-0.03, 1.03), xlabel="step", ylabel="gate")
         axes.set_title("Every gate, a line each", pad=22)
         for name, color in (("kept", COLORS["tailored"]), ("losing at the end", LOSING)):
