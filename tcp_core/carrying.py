@@ -146,7 +146,7 @@ def cut_optimizer(cuts: Cuts, optimizer: torch.optim.Optimizer, kept: Mapping[in
         state = optimizer.state.get(parameter)
         if not state or all(index is None for index in kept.get(id(parameter), ())):
             continue
-        own, strange = Cuts(), [f"{key.lstrip('.')}, a {kind}," for key, kind in _opaque(state)]
+        own, strange = Cuts(), [f"{key.lstrip('.')} (a {kind})" for key, kind in _opaque(state)]
         for key, value in state_tensors(state):
             understood = (key, tuple(value.shape)) not in others and type(value) in (Tensor, nn.Parameter)
             if id(parameter) in by_size and 1 < value.numel() and value.shape != parameter.shape:

@@ -180,7 +180,7 @@ def levels(parameter):
 @pytest.mark.parametrize(
     ("begin", "named"),
     [
-        (lambda p: {"projector": Projector(p)}, r"keeps projector, a Projector"),
+        (lambda p: {"projector": Projector(p)}, r"keeps projector \(a Projector\) for"),
         (levels, r"keeps table of shape \(64,\)"),
         (lambda p: {"qmap1": torch.ones(48)}, r"keeps qmap1 of shape \(48,\)"),
     ],
