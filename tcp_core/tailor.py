@@ -392,7 +392,8 @@ class Tailor(Gated):
         }
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"carried": [], "checked": False, "group": None, "process_group": None}
+        anew = {"carried": [], "follows": False, "checked": False, "group": None, "process_group": None}
+        return super().__getstate__() | anew
 
     def report(self) -> Report:
         """Return requested, current, floor and dense cost, utilisation, strength and widths, as a dict that prints."""

@@ -124,6 +124,18 @@ def test_an_older_state_of_an_average_does_not_rewind_the_run():
     tailor.finish()
 
 
+def test_a_copy_of_an_average_is_a_run_of_its_own():
+    tailor = made()
+    average = AveragedModel(tailor)
+    tailor.carry(average)
+    run(tailor, sgd(tailor.model), steps=10)
+    own = copy.deepcopy(average.module)
+    run(tailor, sgd(tailor.model), steps=5)
+    own.load_state_dict(tailor.state_dict())
+    assert own.controller.step_count == 15
+    assert own.controller is not tailor.controller
+
+
 def test_an_average_of_the_smaller_network_waits_for_the_tailor():
     tailor = made()
     average = AveragedModel(tailor)
