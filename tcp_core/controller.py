@@ -218,8 +218,7 @@ class Controller:
             raise
 
     def _update(self, gradient: Tensor) -> None:
-        for name in ("importance", "dense_importance", "gate", "losing", "refused"):  # where the model was moved to
-            setattr(self, name, getattr(self, name).to(gradient.device))
+        self.to(gradient.device)  # where the model was moved to
         finite = gradient.isfinite().all()
         square = normalised_square(gradient)
         self.refused = self.refused + ~finite
@@ -238,6 +237,11 @@ class Controller:
         if self.final and bool((self.gate == (~self.losing).float()).all()):
             self.frozen = True
             self._record()
+
+    def to(self, device: torch.device) -> None:
+        """Move what is known of the units to a device."""
+        for name in ("importance", "dense_importance", "gate", "losing", "refused"):
+            setattr(self, name, getattr(self, name).to(device))
 
     def schedule(self, step: int) -> dict[str, float]:
         """Return each budgeted cost's target at ``step``: dense until the first gates may be closed, then geometric.

@@ -27,7 +27,7 @@ from torch.utils import checkpoint
 from .channels import Channels, GateSite
 from .outputs import tensors_in
 
-_ENTERING = threading.Lock()
+_ENTERING = threading.Lock()  # for all gates: one of their own could be neither copied nor pickled
 
 BINDING = "_gates_of_this_module"
 """Where a module keeps what gates its own parameters; gone once the network is smaller."""

@@ -361,8 +361,7 @@ class Tailor(Gated):
             check_holders(self.model, self.channels, found, trained=False)
             shrink(self.model, self.channels, ~losing, found, [network for _, network in self.carried], verify=False)
         self.controller.load_state_dict(state["controller"])
-        for name in ("importance", "dense_importance", "gate", "losing", "refused"):
-            setattr(self.controller, name, getattr(self.controller, name).to(self.gate.device))
+        self.controller.to(self.gate.device)
         self.taken = state.get("taken", self.controller.step_count)
         self.gate.grad = self.aside = None
         self.gate.requires_grad_(not self.frozen)

@@ -109,7 +109,7 @@ class Run:
 
     @property
     def judging(self) -> dict[str, Any]:
-        """What of the user's judges outputs, and may be a module with buffers and random numbers of its own."""
+        """The loss and the metric, which may be modules with buffers and random numbers of their own."""
         return {"loss": self.objective.loss, "metric": self.objective.metric}
 
     def epoch(self, number: int, batches: Callable[[int], Iterable]) -> None:
