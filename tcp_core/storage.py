@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn, uint8
 
+from .files import beside
 from .gates import unwrapped
 from .removal import dense_shapes, own_parameter, own_tensors, resized
 
@@ -64,13 +64,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
         "attributes": {name: attributes for name, attributes in modules if attributes},
     }
     spec["sha256"] = _digest(spec, tensors)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
+    with beside(path) as part:
         save_file(tensors, part, metadata={KEY: json.dumps(spec)})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = (
     *("cost", "memory", "explanation", "channels", "outputs", "gates", "state", "verification", "carrying", "removal"),
     *("tracing", "maturity", "selection", "complaints", "controller", "preparing", "shrinking", "report", "packing"),
-    *("tailor", "storage", "foreign", "nets"),
+    *("tailor", "files", "storage", "foreign", "nets"),
 )
 AROUND = ("hardware", "latency", "deploy", "datasets", "training", "study")
 

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import pickle
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..files import beside
 from .images import Images
 
 # Inputs of the published CIFAR-10 and ImageNet weights: load(..., **IMAGENET_STATISTICS)
@@ -269,11 +269,8 @@ def _from_cache(path: Path, fingerprint: str) -> dict | None:
 
 def _to_cache(path: Path, stored: dict) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            torch.save(stored, Path(folder) / path.name)
-            # moved when complete, so that another process sees the whole file or none
-            os.replace(Path(folder) / path.name, path)
+        with beside(path) as part:
+            torch.save(stored, part)
     except (OSError, RuntimeError) as error:
         warnings.warn(
             f"could not keep the decoded images in {path.parent} ({error}); they will be decoded "

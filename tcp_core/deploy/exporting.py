@@ -6,11 +6,8 @@ import copy
 import importlib.util
 import io
 import math
-import os
 import re
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..files import beside
 from ..gates import unwrapped
 from ..verification import to_model
 from .folding import folded
@@ -65,7 +63,7 @@ def export(
     model = unwrapped(model, "export")
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance={tolerance!r}; it is a share of the largest output, in (0, 1), for example 1e-4.")
-    with _writing(path) as temporary, torch.random.fork_rng(devices=[]), torch.no_grad():
+    with beside(path) as temporary, torch.random.fork_rng(devices=[]), torch.no_grad():
         with torch.autocast("cpu", enabled=False):
             torch.manual_seed(0)  # of the inputs that outputs are compared on; the caller's state is restored
             network = copy.deepcopy(model).cpu().eval().requires_grad_(False)
@@ -265,21 +263,3 @@ def _difference(expected: Tensor, found: Tensor) -> float:
     scale = finite.max().clamp(min=torch.finfo(torch.float32).tiny) if finite.numel() else 1.0
     error = torch.where(same, 0.0, (expected - found).abs() / scale)
     return float(error.nan_to_num(nan=math.inf).max())
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """Give a place beside ``path`` to write to; it takes the path's name if nothing is raised, else it is gone."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the name of a file in it.")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    except OSError as error:
-        raise type(error)(error.errno, f"{path} cannot be written ({error.strerror}); give another place") from error
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

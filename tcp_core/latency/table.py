@@ -6,10 +6,8 @@ measured first; between two of them a layer costs what it costs at the upper one
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files import beside
 from ..gates import plain_class
 from .clock import LatencyError
 
@@ -160,15 +159,13 @@ class Table:
         return found
 
     def save(self) -> None:
-        """Write the file beside its place, then move it there; warn where that cannot be, for a run can go on."""
+        """Write the file whole; warn where that cannot be, for a run can go on."""
         if self.path is None:
             return
         content = {name: getattr(self, name) for name in ("place", "steps", "ms_per_byte", "layers")}
-        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            os.replace(beside, self.path)
+            with beside(self.path) as part:
+                part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             warnings.warn(
                 f"the table of latencies cannot be written to {self.path} ({error}). This run goes on with what it has "
@@ -176,9 +173,6 @@ class Table:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        finally:
-            with contextlib.suppress(OSError):
-                beside.unlink()
 
     def missing(self, calls: Sequence[LayerCall]) -> list[LayerCall]:
         """Return one call for each key that has not been measured."""

@@ -7,7 +7,6 @@ if and only if `metrics.json` is there and not empty. Tables and figures are mad
 
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..files import beside
 from ..hardware import device_name
 from ..training import checkpoints
 from ..training.frames import HISTORY, TRAJECTORY, WIDTHS, require
@@ -236,9 +236,8 @@ def _plain(value, where):
 
 def _write_json(path, value):
     text = json.dumps(_plain(value, path.stem), indent=2, ensure_ascii=False, allow_nan=False)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    os.replace(part, path)  # atomic: whoever finds the file finds all of it
+    with beside(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
 
 
 def _what_to_do(path):

@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..files import beside
 
 KEPT = 2
 """How many checkpoints stay: should the newest be damaged, there is one before it."""
@@ -96,19 +96,8 @@ def read_file(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 
-@contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """Yield a name beside ``path`` that no other file has; what is written there is moved to ``path`` at the end."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _parts(folder: Path) -> list[Path]:
-    """Return what :func:`beside` leaves where a run is killed as it writes a checkpoint."""
+    """Return what :func:`tcp_core.files.beside` leaves where a run is killed as it writes a checkpoint."""
     return [path for path in folder.glob(".*.part") if re.fullmatch(r"\.\d+\.ckpt\.[0-9a-f]{8}\.part", path.name)]
 
 

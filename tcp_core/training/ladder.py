@@ -16,6 +16,7 @@ from torch import nn
 from ..controller import Controller
 from ..cost import Budget, BudgetError
 from ..datasets.images import Images
+from ..files import beside
 from ..latency.place import Latency
 from ..maturity import maturity
 from ..preparing import width_options
@@ -357,5 +358,5 @@ class _Folder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         content = {"plan": self.plan, "rungs": self.rungs} | ({} if self.timed is None else {"timed": self.timed})
-        with checkpoints.beside(self.state) as part:
+        with beside(self.state) as part:
             part.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -1,0 +1,34 @@
+"""Writing a file so that whoever finds it finds all of it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Yield an empty file beside ``path`` that nobody else writes to; at the end it takes the place of ``path``.
+
+    If anything is raised it is gone, and ``path`` is as it was. Only where the process is killed does it stay, as
+    ``.NAME.<8 hexadecimal digits>.part``. The folder is made.
+
+    Raises:
+        OSError: at once, if there is a folder at ``path``, or no file can be made there.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file in it.")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    except OSError as error:
+        raise type(error)(error.errno, f"{path} cannot be written ({error.strerror}); give another place") from error
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
