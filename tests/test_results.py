@@ -43,7 +43,7 @@ def test_metrics_are_put_in_place_last_and_at_once(tmp_path, history, metrics, m
         assert (out / "history.csv").exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(results.os, "replace", replace)
+    monkeypatch.setattr("tcp_core.files.os.replace", replace)
     with pytest.raises(KeyboardInterrupt):
         results.finish_run(out, history=history, metrics=metrics)
     assert moved == ["metrics.json"]
