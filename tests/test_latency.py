@@ -525,7 +525,7 @@ def test_a_table_that_lacks_nothing_is_not_written_and_one_that_cannot_be_stops_
     def full(here, there):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tables.os, "replace", full)
+    monkeypatch.setattr("tcp_core.files.os.replace", full)
     with pytest.warns(RuntimeWarning, match=r"cannot be written to .*No space left"):
         cost = place(of_layer_too, table=tmp_path / "other.json").cost(model, channels)
     assert [each.name for each in tmp_path.iterdir()] == ["latency.json"]
