@@ -279,37 +279,31 @@ class Controller:
     def choose(self, score: Tensor, targets: Mapping[str, float] | None = None, last: bool = True) -> Tensor:
         """Return the units that win within ``targets`` (the bounds by default) by ``score``, bool ``[units]``.
 
-        The ``last`` set uses the budget as far as exchanges help, and its latency is measured.
+        The ``last`` set uses the budget as far as exchanges help, and its latency is measured. If it leaves more than
+        one hundredth, for blocks are coarse, smaller multiples are tried where there is a choice, and the one that uses
+        the budget best becomes ``multiple``.
         """
         targets = self.bounds if targets is None else targets
         if last and self.latency is not None:
             return self._settle(score, targets)
-        return self._fill(score, targets, last)
-
-    def _fill(self, score: Tensor, targets: Mapping[str, float], last: bool) -> Tensor:
-        """Return the units that win, by prediction where a cost is measured.
-
-        If the ``last`` set leaves more than one hundredth, for blocks are coarse, a smaller multiple is tried where
-        there is a choice, and the one that uses the budget best is kept.
-        """
-
-        def filled(multiple: int) -> Tensor:
-            limits = self.min_width, multiple, self.cost_model
-            winning = fill(self.channels, score, targets, *limits)
-            return tighten(self.channels, winning, score, targets, *limits) if last else winning
 
         def used(winning: Tensor) -> float:
             found = self.cost_model.exact(winning)
             return max(found[name] / target for name, target in targets.items())
 
-        best = filled(self.multiple)
-        if last and self.latency is None:
-            for multiple in self.multiples:
-                if multiple < self.multiple and used(best) < USED_UP:
-                    other = filled(multiple)
-                    if used(other) > used(best):
-                        best, self.multiple = other, multiple
+        best = self._filled(score, targets, self.multiple, last)
+        for multiple in self.multiples if last else ():
+            if multiple < self.multiple and used(best) < USED_UP:
+                other = self._filled(score, targets, multiple, last)
+                if used(other) > used(best):
+                    best, self.multiple = other, multiple
         return best
+
+    def _filled(self, score: Tensor, targets: Mapping[str, float], multiple: int, last: bool) -> Tensor:
+        """Return the units that win in blocks of ``multiple``, by prediction where a cost is measured."""
+        limits = self.min_width, multiple, self.cost_model
+        winning = fill(self.channels, score, targets, *limits)
+        return tighten(self.channels, winning, score, targets, *limits) if last else winning
 
     def _settle(self, score: Tensor, targets: Mapping[str, float]) -> Tensor:
         """Return the units that win, with their latency measured, and bring its model into line with that."""
@@ -320,7 +314,7 @@ class Controller:
 
         timings: dict[bytes, Any] = {}
         winning, ms, networks = settle(
-            lambda aim: self._fill(score, {**targets, "latency": aim}, last=True),
+            lambda aim: self._filled(score, {**targets, "latency": aim}, self.multiple, last=True),
             measure,
             targets["latency"],
             self.floor["latency"],
