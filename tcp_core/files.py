@@ -25,10 +25,12 @@ def beside(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
+        mode = part.stat().st_mode
     except OSError as error:
         raise type(error)(error.errno, f"{path} cannot be written ({error.strerror}); give another place") from error
     try:
         yield part
+        part.chmod(mode)  # libraries that put a file of their own there may let nobody else read it
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Files are whole or not there, whoever else writes them."""
 
+import os
 import threading
 
 import pytest
@@ -43,6 +44,14 @@ def test_a_place_that_cannot_be_is_named_before_anything_is_done(tmp_path):
         raise AssertionError
     with pytest.raises(OSError, match="cannot be written"), beside(tmp_path / "file" / "within"):
         raise AssertionError
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_a_saved_network_may_be_read_by_whom_other_files_may(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    path = save(nn.Linear(2, 2), tmp_path / "small.safetensors")  # safetensors' own files are for their owner alone
+    assert path.stat().st_mode == plain.stat().st_mode
 
 
 def test_every_process_may_save_the_same_network(tmp_path):
