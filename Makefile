@@ -41,13 +41,15 @@ estimate: $(INSTALLED) ## hours that a declaration takes on this device, from me
 CONTROLLER ?= results/runs/cifar10-cpu/pretrained
 report: $(INSTALLED) ## all tables and figures again from results/runs, into results/tables, figures, docs/results.md and the README; of other runs: RUNS=..., into build/report
 	@mkdir -p build/notebooks
-	@$(call papermill,90_report) -p runs "$(abspath $(or $(RUNS),results/runs))" \
+	@$(call papermill,90_report) -p runs "$(call absolute,$(or $(RUNS),results/runs))" \
 		-p tables "$(CURDIR)/$(if $(RUNS),build/report,results)/tables" -p figures "$(CURDIR)/$(if $(RUNS),build/report/)figures" \
 		$(if $(RUNS),,-p page "$(CURDIR)/docs/results.md" -p readme "$(CURDIR)/README.md" -p goals True)
-	@$(if $(RUNS),,$(call papermill,40_controller) -p runs "$(abspath $(CONTROLLER))" -p network resnet20 -p figures "$(CURDIR)/figures")
+	@$(if $(RUNS),,$(call papermill,40_controller) -p runs "$(call absolute,$(CONTROLLER))" -p network resnet20 -p figures "$(CURDIR)/figures")
 	@$(if $(RUNS),,$(BIN)/python -m tcp_core.study.method_plots --runs "$(CONTROLLER)" --figures figures)
 	@echo "Done. Tables: $(if $(RUNS),build/report,results)/tables/, figures: $(if $(RUNS),build/report/)figures/, to read: build/notebooks/90_report.ipynb"
 
+# $(call absolute,path): abspath would take a path with spaces for several
+absolute = $(if $(filter /%,$(firstword $(1))),$(1),$(CURDIR)/$(1))
 # $(call papermill,name): one notebook of the report, executed
 papermill = $(BIN)/papermill --kernel python3 --language python --cwd notebooks --no-progress-bar notebooks/$(1).ipynb build/notebooks/$(1).ipynb
 

@@ -1,5 +1,7 @@
 """Declarations: what they stand for, every kind of refusal, and studies that are killed and started again."""
 
+import functools
+import hashlib
 import json
 import os
 import shutil
@@ -331,6 +333,17 @@ def declared(experiments="a: {grid: {macs: [0.5]}}", **changed):
             declared("a: {grid: {method: taylor, macs: [0.5]}}", fixed="{restart: true}"),
             ["a/taylor-macs0.5: restart=True given without prune_at"],
         ),
+        (declared(fixed="{restart: true}"), ["restart=True with method tailored given", "so leave it out"]),
+        (declared(fixed="{size: 16}"), ["size=16 given, to which the images of a folder are resized; digits needs 0"]),
+        (declared(data="cifar10", fixed="{val_images: 0}"), ["val_images=0 given, which leaves no images to choose"]),
+        (declared(fixed="{processes: 20}"), ["batch_size=64 times processes=20 given, which is more than the 1257"]),
+        (
+            declared(
+                "a: {fixed: {method: dense, val_images: 100}}, b: {grid: {macs: [0.5], weights: 'run:a/run'}}",
+                data="pictures",
+            ),
+            ["b/macs0.5: weights: 'run:a/run' has val_images=100, so it trains on images that this run, with 180"],
+        ),
         (
             declared(data="cifar10", fixed="{val_images: 50000}"),
             ["val_images=50000 given, which leaves none of the 50000 images of cifar10"],
@@ -500,8 +513,12 @@ def test_published_weights(project, tmp_path):
     run = read(path, places=False).runs["a/macs0.5"]
     finished(run)
     recorded = run.folder / "params.json"
-    recorded.write_text(json.dumps({k: v for k, v in json.loads(recorded.read_text()).items() if k != "workers"}))
+    values = {k: v for k, v in json.loads(recorded.read_text()).items() if k != "workers"}
+    recorded.write_text(json.dumps(values | {"streamed": True}))
     assert run.disagreements() == []
+    recorded.write_text(json.dumps(values))
+    (wrong,) = run.disagreements()
+    assert "workers is 1, and the finished run held its images in memory, which are not augmented alike" in wrong
 
 
 def test_files_of_weights(project, tmp_path):
@@ -518,6 +535,47 @@ def test_files_of_weights(project, tmp_path):
     assert run.params["weights"] == str(tmp_path / "small_resnet.safetensors")
     finished(run)  # and then the file is not needed any more, wherever it was
     assert read(path).todo() == {}
+
+
+def test_weights_in_folders_within_folders(project, tmp_path):
+    run = read(
+        project(declared("a: {grid: {macs: [0.5], weights: 'file:a/b/c.pth'}}")), weights=tmp_path, places=False
+    ).runs["a/macs0.5"]
+    finished(run)  # which records the last two parts
+    assert run.disagreements() == []
+    finished(run, weights="x/c.pth")
+    assert len(run.disagreements()) == 1
+
+
+def test_a_finished_run_that_started_from_other_weights_is_told(project):
+    declaration = read(project())
+    start, run = (declaration.runs[key] for key in ("start/dense-seed0", "from_start/taylor-macs0.5-seed0"))
+    finished(start)
+    weights = start.folder / "network.safetensors"
+    weights.write_bytes(b"one")
+    finished(run, weights_sha256=hashlib.sha256(b"one").hexdigest())
+    assert run.disagreements() == []
+    weights.unlink()
+    assert run.disagreements() == []
+    weights.write_bytes(b"another")
+    (wrong,) = run.disagreements()
+    assert "started from other weights than those in" in wrong
+
+
+def test_the_state_of_runs_that_belong_to_somebody_else(project, monkeypatch):
+    run = read(project()).runs["scratch/macs0.5"]
+    run.folder.mkdir(parents=True)
+    (run.folder / ".lock").touch()
+    monkeypatch.setattr("builtins.open", functools.partial(refusing_to_write, open))
+    assert not run.is_running()
+    with pytest.raises(RuntimeError, match="FAILED .*cannot be written .*give another RUNS="):
+        experiments.execute(read(project()), "scratch/macs0.5")
+
+
+def refusing_to_write(really, file, mode="r", *args, **kwargs):
+    if str(file).endswith(".lock") and mode != "r":
+        raise PermissionError(13, "Permission denied")
+    return really(file, mode, *args, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -614,6 +672,16 @@ def run(path, name, *options):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the kernel's client
+def test_a_place_with_braces(project, tmp_path):
+    path = project(declared())
+    place = tmp_path / "{seed} of {x}"  # papermill would fill them in
+    for folder in ("notebooks", "experiments"):
+        shutil.copytree(tmp_path / folder, place / folder)
+    declaration = read(place / "experiments" / path.name)
+    experiments.execute(declaration, "a/macs0.5")
+    assert declaration.runs["a/macs0.5"].is_done()
+
+
 def test_one_run(project, tmp_path, capsys):
     key = "scratch/macs0.5"
     experiments.main(["run", str(project()), key])

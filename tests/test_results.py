@@ -21,7 +21,11 @@ def history():
 @pytest.fixture
 def metrics():
     budget = {"budget": {"macs": 0.5}, "utilisation": {"macs": 0.998}}
-    return dict.fromkeys(results.METRICS) | {"network": "resnet20", "params": 60} | budget
+    cost = {"dense_macs": 1000, "dense_params": 100, "macs": 499, "params": 60}
+    return dict.fromkeys(results.METRICS) | {"network": "resnet20", "method": "tailored", "seed": 0} | cost | budget
+
+
+PARAMS = {"network": "resnet20", "method": "tailored", "epochs": 3}
 
 
 def test_a_run_is_done_only_when_it_is_finished(tmp_path, history, metrics):
@@ -86,7 +90,7 @@ def test_a_finished_run_is_not_overwritten_by_accident(tmp_path, history, metric
     with pytest.raises(FileExistsError, match="overwrite=True"):
         results.start_run(out, {"epochs": 4})
     results.start_run(out, {"epochs": 4}, overwrite=True)
-    assert [path.name for path in out.iterdir()] == ["params.json"]
+    assert {path.name for path in out.iterdir()} == {"params.json", "sessions.json"}
 
 
 def test_finish_needs_start_and_complete_tables(tmp_path, history, metrics):
@@ -101,7 +105,7 @@ def test_finish_needs_start_and_complete_tables(tmp_path, history, metrics):
     del metrics["seed"]
     with pytest.raises(ValueError, match="metrics lacks seed"):
         results.finish_run(out, history=history, metrics=metrics)
-    assert [path.name for path in out.iterdir()] == ["params.json"]
+    assert {path.name for path in out.iterdir()} == {"params.json", "sessions.json"}
 
 
 def test_a_dense_run_has_no_trajectory(tmp_path, history, metrics):
@@ -112,9 +116,9 @@ def test_a_dense_run_has_no_trajectory(tmp_path, history, metrics):
 
 def test_read_runs_gives_one_row_per_finished_run(tmp_path, history, metrics):
     for name, epochs in (("b", 2), ("a/deep", 1)):
-        out = results.start_run(tmp_path / name, {"epochs": epochs, "params": 0.6})
-        results.finish_run(out, history=history, metrics=metrics)
-    results.start_run(tmp_path / "unfinished", {"epochs": 9})
+        out = results.start_run(tmp_path / name, PARAMS | {"epochs": epochs, "params": 0.6})
+        results.finish_run(out, history=history, metrics=metrics | {"budget": {"macs": 0.5, "params": 0.6}})
+    results.start_run(tmp_path / "unfinished", PARAMS)
 
     runs = results.read_runs(tmp_path)
     assert list(runs["run"]) == ["a/deep", "b"]
@@ -124,6 +128,46 @@ def test_read_runs_gives_one_row_per_finished_run(tmp_path, history, metrics):
     assert list(runs["param.params"]) == [0.6, 0.6]
     assert list(runs["budget.macs"]) == [0.5, 0.5]
     assert "budget" not in runs
+
+
+def test_links_are_followed_and_a_run_counts_once(tmp_path, history, metrics):
+    far = tmp_path / "far" / "study"
+    results.finish_run(results.start_run(far / "a", PARAMS), history=history, metrics=metrics)
+    root = tmp_path / "runs"
+    root.mkdir()
+    (root / "linked").symlink_to(far)
+    assert list(results.read_runs(root)["run"]) == ["linked/a"]
+    (root / "once more").symlink_to(far)
+    (far / "circle").symlink_to(root)
+    assert list(results.read_runs(root)["run"]) == ["linked/a"]
+
+
+@pytest.mark.parametrize(
+    ("params", "changed", "words"),
+    [
+        ({"network": "resnet56"}, {}, "network is 'resnet56' in params.json and 'resnet20' in metrics.json"),
+        ({"method": "taylor"}, {}, "method is 'taylor' in params.json and 'tailored' in metrics.json"),
+        ({"seed": 1}, {}, "seed is 1 in params.json and 0 in metrics.json"),
+        ({"data": "digits"}, {"dataset": "cifar10"}, "data is 'digits' in params.json and 'cifar10' in metrics.json"),
+        ({"macs": 0.3}, {}, r"the budget of macs is 0\.3 in params.json and 0\.5 in metrics.json"),
+        ({"macs": 0.5}, {"budget": None}, r"the budget of macs is 0\.5 in params.json and 0 in metrics.json"),
+        ({}, {"macs": 501}, r"macs is 50\.10% of the dense network's, which is above the budget of 50\.00%"),
+        ({}, {"macs": 1001}, "macs is 1001 of 1000 in the dense network"),
+        ({}, {"macs": "many"}, "macs is 'many' of 1000 in the dense network"),
+        ({}, {"dense_params": 0}, "params is 60 of 0 in the dense network"),
+    ],
+)
+def test_a_run_that_contradicts_itself_is_named(tmp_path, history, metrics, params, changed, words):
+    results.finish_run(results.start_run(tmp_path / "run", PARAMS | params), history=history, metrics=metrics | changed)
+    with pytest.raises(ValueError, match=words) as caught:
+        results.read_runs(tmp_path)
+    assert str(tmp_path / "run") in str(caught.value)
+
+
+def test_params_of_another_program_are_named(tmp_path, history, metrics):
+    results.finish_run(results.start_run(tmp_path, {}), history=history, metrics=metrics)
+    with pytest.raises(ValueError, match=r"params.json lacks network, method, epochs"):
+        results.read_runs(tmp_path)
 
 
 def test_read_runs_says_what_is_wrong(tmp_path):
@@ -144,7 +188,7 @@ def test_read_runs_says_what_is_wrong(tmp_path):
         ({"accuracy": 0.5}, "lacks network, dataset"),
         ({"test_accuracy": 93.0}, r"test_accuracy is 93\.0; it must be a share in \[0, 1\]"),
         ({"val_accuracy": "0.9"}, r"val_accuracy is '0\.9'; it must be a share"),
-        ({"test_accuracy": None}, "there is no .*params.json"),
+        ({}, "there is no .*params.json"),
     ],
 )
 def test_results_of_something_else_are_named(tmp_path, metrics, changed, words):
@@ -177,17 +221,47 @@ def test_environment_without_git(monkeypatch):
     assert environment["git_dirty"] is None
 
 
-def test_checkpoints_stay_for_the_same_run_alone(tmp_path, history, metrics):
+def test_a_run_of_several_sessions_is_of_the_first_and_says_so(tmp_path, history, metrics, monkeypatch):
+    sessions = iter(
+        [
+            results.environment("cpu") | {"git_commit": commit * 40, "git_dirty": dirty, "started": commit}
+            for commit, dirty in (("a", True), ("b", False), ("c", False))
+        ]
+    )
+    monkeypatch.setattr(results, "environment", lambda device=None: next(sessions))
+    out = results.start_run(tmp_path / "run", PARAMS)
+    checkpoints.prepare(out / results.CHECKPOINTS)
+    checkpoints.write(out / results.CHECKPOINTS, 1, {"step": 1})
+    results.start_run(out, PARAMS)
+    metrics |= {"git_commit": "b" * 40, "git_dirty": False, "started": "b"}
+    results.finish_run(out, history=history, metrics=metrics)
+    found = results.read_json(out / "metrics.json")
+    assert (found["git_commit"], found["git_dirty"], found["started"]) == ("a" * 40, True, "a")
+    assert [session["git_commit"][0] for session in found["sessions"]] == ["a", "b"]
+    assert not (out / results.SESSIONS).exists()
+    results.start_run(out, PARAMS, overwrite=True)  # done anew, not gone on with
+    results.finish_run(out, history=history, metrics=metrics)
+    found = results.read_json(out / "metrics.json")
+    assert found["git_commit"] == "b" * 40
+    assert "sessions" not in found
+    assert len(results.read_runs(tmp_path)) == 1
+
+
+def test_checkpoints_stay_for_the_same_run_alone(tmp_path, history, metrics, capsys):
     def left():
         return checkpoints.newest(tmp_path / "run" / results.CHECKPOINTS)
 
     out = results.start_run(tmp_path / "run", {"seed": 0})
     checkpoints.prepare(out / results.CHECKPOINTS)
     checkpoints.write(out / results.CHECKPOINTS, 1, {"step": 1})
-    results.start_run(out, {"seed": 0})
+    results.start_run(out, {"seed": 0, "threads": 1})
+    results.start_run(out, {"seed": 0, "threads": 2})  # of which it says nothing
     assert left() == {"step": 1}
-    results.start_run(out, {"seed": 1})
+    assert capsys.readouterr().out == ""
+    results.start_run(out, {"seed": 1, "lr": 0.1, "threads": 2})
     assert left() is None
+    said = capsys.readouterr().out
+    assert "its checkpoints are of other parameters (seed: 0 then, 1 now, lr: not given then, 0.1 now)" in said
     checkpoints.prepare(out / results.CHECKPOINTS)
     checkpoints.write(out / results.CHECKPOINTS, 1, {"step": 1})
     results.finish_run(out, history=history, metrics=metrics)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -47,6 +48,44 @@ def test_every_run_that_was_compared_is_on_the_page(study):
     losses = (best["difference"] < -0.005).sum()
     assert len(re.findall(r"points below \*[^*]+\*, the best comparator there", text)) == losses > 0
     assert len(re.findall("so it is no comparator", text)) == tables.borrowed(accuracy["options"]).sum() > 0
+
+
+def test_runs_whose_test_images_were_not_read_change_no_standard_error(study):
+    unread = study[study["method"] == "taylor"].assign(accuracy=np.nan, recipe="another")
+    compared = tables.differences(tables.accuracy(study))
+    more = tables.differences(tables.accuracy(pd.concat([study, unread, unread.assign(recipe="a third")])))
+    pd.testing.assert_frame_equal(more[more["recipe"].isin(study["recipe"])].reset_index(drop=True), compared)
+
+
+def test_a_budget_whose_comparators_were_not_read_has_no_best_one(study):
+    unread = study.assign(
+        accuracy=study["accuracy"].mask((study["budget"] == "50 % macs") & (study["method"] != "tailored"))
+    )
+    best = tables.summary(tables.differences(tables.accuracy(unread))).query("part == 'best comparator'")
+    assert len(best) > 0
+    assert "50 % macs" not in set(best["budget"])
+
+
+def test_starts_of_one_name_with_other_weights_are_told_apart(tmp_path):
+    folder = ROOT / "results" / "runs" / "cifar10-half" / "pretrained"
+    hashes = ["1" * 64, "1" * 64, "2" * 64, None]
+
+    def recipes(hashes):
+        for seed, known in enumerate(hashes):
+            copy = tmp_path / f"seed{seed}"
+            shutil.copytree(folder / "tailored-macs0.3-seed0", copy, dirs_exist_ok=True)
+            params = json.loads((copy / "params.json").read_text())
+            params |= {"weights_sha256": known} if known else {}
+            (copy / "params.json").write_text(json.dumps(params))
+        return [*tables.study(tmp_path, DEFAULTS).sort_values("run")["recipe"]]
+
+    one, same, other, unknown = recipes(hashes)
+    assert one == same
+    assert one.endswith("seed0/network.safetensors 11111111")
+    assert other.endswith("seed0/network.safetensors 22222222")
+    assert unknown.endswith("seed0/network.safetensors")
+    shutil.rmtree(tmp_path / "seed2")
+    assert len({*recipes(hashes[:2])}) == 1  # one start, whether it is known of all runs or not
 
 
 def longer(tmp_path, epochs=20, gain=0.02):

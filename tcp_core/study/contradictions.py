@@ -53,6 +53,11 @@ def _places_in_the_run(method: str | None, values: Mapping) -> Iterator[str]:
             f"prune_at={values['prune_at']} with method {method} given; only comparators prune after a share of the "
             "run, so leave it out"
         )
+    elif values.get("restart") and method not in (None, *METHODS):
+        yield (
+            f"restart=True with method {method} given; the learning rate's schedule starts anew when a comparator "
+            "prunes during the run, so leave it out"
+        )
     elif values.get("restart") and values.get("prune_at") == 0:
         yield (
             "restart=True given without prune_at; the learning rate's schedule starts anew when a comparator prunes "

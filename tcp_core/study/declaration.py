@@ -8,7 +8,7 @@ from . import results
 
 BUDGETS = ("macs", "params")
 PLACES = {"data": "the key `data` of the declaration and DATA=...", "out": "RUNS=..."}
-HOW = ("checkpoint_every", "workers", "tensorboard")  # results do not depend on them and do not record them
+HOW = ("checkpoint_every", "workers", "tensorboard")  # not recorded, for results do not depend on how much they are
 NETWORK, WIDTHS, LOCK = "network.safetensors", "widths.csv", ".lock"
 STARTS = ("weights", "widths_of")  # parameters that may name another run
 FORMER = {"phase_start": 0.02, "phase_end": 0.15}  # defaults that the run notebook had when committed runs were made
@@ -50,8 +50,8 @@ class Run:
     def is_running(self) -> bool:
         """Say whether a process holds its lock."""
         try:
-            with open(self.folder / LOCK, "r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(self.folder / LOCK) as file:  # to look at another's results takes no leave to write
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except (FileNotFoundError, BlockingIOError) as error:
             return isinstance(error, BlockingIOError)
         return False
@@ -78,7 +78,8 @@ class Run:
             there = recorded.get(name, "nothing")
             if name in STARTS and value:  # recorded as file and its folder, which is another one on each machine
                 value = "/".join(Path(self.params[name]).parts[-2:]) if self.needs else value.removeprefix("file:")
-                there = "/".join(str(there).split("/")[-len(value.split("/")) :])
+                parts = min(value.count("/"), str(there).count("/")) + 1
+                value, there = ("/".join(str(each).split("/")[-parts:]) for each in (value, there))
             if there != value:
                 faults.append(
                     f"{self.folder}: {name} is {value!r} in the declaration and {there!r} in the finished run's "
@@ -91,6 +92,15 @@ class Run:
                     f"{self.folder}: {name} is not declared, so {value!r}, and {there!r} in the finished run's "
                     f"params.json; declare it, or {todo}"
                 )
+        if "workers" in self.values and bool(self.values["workers"]) != bool(recorded.get("streamed")):
+            faults.append(
+                f"{self.folder}: workers is {self.values['workers']}, and the finished run "
+                f"{'streamed its images' if recorded.get('streamed') else 'held its images in memory'}, which are not "
+                f"augmented alike; {todo}"
+            )
+        weights = Path(self.params.get("weights") or "published")
+        if (known := recorded.get("weights_sha256")) and weights.is_file() and results.sha256(weights) != known:
+            faults.append(f"{self.folder}: the finished run started from other weights than those in {weights}; {todo}")
         return faults
 
 

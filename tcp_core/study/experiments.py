@@ -52,7 +52,7 @@ def execute(declaration: Declaration, key: str, *, cores: int = 1, before: float
         with log.open("w", encoding="utf-8") as stream:
             try:
                 papermill.execute_notebook(
-                    *(declaration.notebook, notebook, run.params),
+                    *(*map(_unformatted, (declaration.notebook, notebook)), run.params),
                     **{"kernel_name": "python3", "language": "python", "cwd": declaration.notebook.parent},
                     **{"progress_bar": False, "stdout_file": stream, "stderr_file": stream},
                     kernel_manager_class=_kernel_of(lock, stream),
@@ -72,11 +72,22 @@ def execute(declaration: Declaration, key: str, *, cores: int = 1, before: float
     print(f"done     {key} in {_duration(took)}   {_progress(declaration, cores)}", flush=True)
 
 
+def _unformatted(path: Path) -> str:
+    """Return a path as papermill has to be given it, which fills in what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 @contextmanager
 def _locked(run: Run) -> Iterator[tuple[int, bool]]:
     """Hold the run's lock; gives its file descriptor, and whether another process had it first."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with open(run.folder / LOCK, "a") as file:
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        file = open(run.folder / LOCK, "a")
+    except OSError as error:
+        raise RuntimeError(
+            f"FAILED   {run.key}: {run.folder} cannot be written ({error}); give another RUNS="
+        ) from error
+    with file:
         waited = False
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

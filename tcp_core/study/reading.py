@@ -42,6 +42,7 @@ RANGES = {
         ("at least 0", lambda value: 0 <= value < math.inf),
     ),
 }
+STEP = ("batch_size", "accumulate", "processes")  # so many images times each other are one step
 ROOT = "IMAGENET_ROOT"  # environment variable
 
 
@@ -280,6 +281,13 @@ class _Reader:
             if network != run.values.get("network") or method not in ("dense", None):
                 own = f"a dense {run.values.get('network')} is needed"
                 self.say(run.key, f"weights: 'run:{run.needs}' gives a {method} {network}; {own}")
+            there, here = (each.values.get("val_images", 0) for each in (runs[run.needs], run))
+            if there < here and self.data != "digits":
+                self.say(
+                    run.key,
+                    f"weights: 'run:{run.needs}' has val_images={there}, so it trains on images that this run, with "
+                    f"{here}, chooses by; give that one {here} or more",
+                )
         if run.is_done():
             for text in run.disagreements():
                 self.say(run.key, text)
@@ -301,6 +309,8 @@ class _Reader:
             yield f"workers={workers} and size=0 given; images that are decoded while training need a size, such as 224"
         if workers == 0 and self.data == "imagenet":
             yield "workers=0 given, which holds all images in memory; imagenet needs at least 1"
+        if values.get("size") and self.data in ("digits", "cifar10"):
+            yield f"size={values['size']} given, to which the images of a folder are resized; {self.data} needs 0"
         images = places.KNOWN.get(self.data, places.Facts()).images  # those of a folder are counted as it is read
         if images is None:
             return
@@ -308,8 +318,11 @@ class _Reader:
         held_out = 0 if self.data == "digits" else values.get("val_images", 0)
         if held_out >= images:
             yield f"val_images={held_out} given, which leaves none of the {images} images of {self.data} to train on"
-        elif (batch := values.get("batch_size", 1)) > images - held_out:
-            yield f"batch_size={batch} given, which is more than the {images - held_out} images there are to train on"
+        elif math.prod(times := [values.get(name, 1) for name in STEP]) > images - held_out:
+            taken = " times ".join(f"{name}={value}" for name, value in zip(STEP, times, strict=True) if value > 1)
+            yield f"{taken} given, which is more than the {images - held_out} images there are to train on"
+        if held_out == 0 and self.data == "cifar10":
+            yield "val_images=0 given, which leaves no images to choose by; cifar10 has no validation part of its own"
 
     def missing(self, todo: dict[str, Run]) -> list[str]:
         """Return what is not at hand for the runs to do; a place that was given and is wrong is a problem."""

@@ -5,11 +5,14 @@ A run writes `params.json` when it starts, its tables (`history.csv`, and for a 
 if and only if `metrics.json` is there and not empty. Tables and figures are made from `read_runs` alone.
 """
 
+import functools
+import hashlib
 import json
 import math
+import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +26,7 @@ from ..hardware import device_name
 from ..training import checkpoints
 from ..training.frames import HISTORY, TRAJECTORY, WIDTHS, require
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, SESSIONS = "checkpoints", "sessions.json"
 METRICS = (
     *("network", "dataset", "method", "seed", "test_accuracy", "val_accuracy"),
     *("dense_macs", "dense_params", "macs", "params", "budget", "utilisation"),
@@ -32,12 +35,27 @@ METRICS = (
 )
 
 
+@functools.cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file; one that has not changed is read once."""
+    path = Path(path).absolute()
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
+
+
 def start_run(out: str | Path, params: Mapping, *, overwrite: bool = False) -> Path:
     """Return the folder `out` of a new run, made if need be, with `params` in its `params.json`.
 
     A folder whose run is done is refused (`FileExistsError`) unless `overwrite`, which makes it
     count as not done from here on. What an interrupted run left behind is replaced; its checkpoints
-    (`out`/checkpoints) stay if it had the same `params`, so that it goes on from there.
+    (`out`/checkpoints) stay if it had the same `params`, whatever its `threads`, so that it goes on from there; else
+    they are deleted, and a line says what differs. Until the run is done, `sessions.json` has the `environment` that it
+    was started in each time.
     """
     out = Path(out)
     if is_done(out) and not overwrite:
@@ -46,13 +64,27 @@ def start_run(out: str | Path, params: Mapping, *, overwrite: bool = False) -> P
             "one, or pass overwrite=True."
         )
     out.mkdir(parents=True, exist_ok=True)
-    before = out / "params.json"
-    if not before.exists() or read_json(before) != json.loads(json.dumps(_plain(params, "params"))):
+    left, sessions = any((out / CHECKPOINTS).glob("*.ckpt")), []
+    if changed := _changed(out / "params.json", _plain(params, "params")):
+        if left:
+            print(f"{out}: its checkpoints are of other parameters ({changed}); they are deleted, and it starts anew.")
         checkpoints.remove(out / CHECKPOINTS)
+    elif left and (out / SESSIONS).exists():
+        sessions = read_json(out / SESSIONS)["sessions"]
+    _write_json(out / SESSIONS, {"sessions": [*sessions, environment()]})
     for name in ("metrics.json", "history.csv", "trajectory.csv", "widths.csv"):
         (out / name).unlink(missing_ok=True)
     _write_json(out / "params.json", params)
     return out
+
+
+def _changed(before: Path, params: Mapping) -> str:
+    """Say in what parameters differ from those in the file `before`, which may not be there; "" if in nothing."""
+    if not before.exists():
+        return "its params.json is gone"
+    old, new = read_json(before), json.loads(json.dumps(params))
+    names = [name for name in {**old, **new} if name != "threads" and old.get(name, ...) != new.get(name, ...)]
+    return ", ".join(f"{name}: {old.get(name, 'not given')} then, {new.get(name, 'not given')} now" for name in names)
 
 
 def finish_run(
@@ -68,7 +100,8 @@ def finish_run(
     `history`, `trajectory` and `widths` are data frames with at least the columns HISTORY,
     TRAJECTORY and WIDTHS of tcp_core.training.frames; the last two are None or empty for a run without a budget.
     `metrics` needs the keys METRICS (None where a key says nothing about this run, such as the
-    budget of a dense network) and may have more. NaN and infinity become null.
+    budget of a dense network) and may have more. NaN and infinity become null. Of a run that was stopped and went on,
+    commit, versions and time are those of its start, and `sessions` has all of them.
     Checkpoints are deleted. Raises `FileNotFoundError` if `start_run` was not called for `out`, and `ValueError` naming
     the columns or keys that are missing; in both cases nothing is written.
     """
@@ -85,13 +118,24 @@ def finish_run(
             require(name, frame, columns)
             tables[name] = frame
     require("metrics", metrics, METRICS)
-    metrics = _plain(metrics, "metrics")
+    metrics = _plain(metrics, "metrics") | _of_sessions(out / SESSIONS)
 
     for name, frame in tables.items():
         # ten digits: exact for every cost below 10^10, and the same text on every machine
         frame.to_csv(out / f"{name}.csv", index=False, float_format="%.10g", lineterminator="\n")
     _write_json(out / "metrics.json", metrics)
     checkpoints.remove(out / CHECKPOINTS)
+    (out / SESSIONS).unlink(missing_ok=True)
+
+
+def _of_sessions(path: Path) -> dict:
+    """Return what the metrics say of a run that took several sessions; nothing of one that took one."""
+    sessions = read_json(path)["sessions"] if path.exists() else []
+    if len(sessions) < 2:
+        return {}
+    dirty = [session["git_dirty"] for session in sessions]
+    first = {name: sessions[0][name] for name in ("versions", "git_commit", "started")}
+    return first | {"git_dirty": None if None in dirty else any(dirty), "sessions": sessions}
 
 
 def is_done(out: str | Path) -> bool:
@@ -118,11 +162,12 @@ def read_runs(root: str | Path) -> pd.DataFrame:
     `run` is the run's folder relative to `root`. Metrics keep their names, nested ones are joined
     by a dot (`budget.macs`, `versions.torch`); parameters stand behind `param.` (`param.epochs`),
     because several names, `params` first of all, mean one thing as parameter and another as metric.
-    What a run does not have is missing in its row. Raises `FileNotFoundError` if nothing is there, and `ValueError`
-    with the path of a file that is damaged or not of such a run.
+    What a run does not have is missing in its row. Links to folders are followed; a run that is reached in two ways
+    counts once. Raises `FileNotFoundError` if nothing is there, and `ValueError` with the path of a file that is
+    damaged, not of such a run, or contradicts the file beside it.
     """
     root = Path(root)
-    done = sorted(path for path in root.rglob("metrics.json") if is_done(path.parent))
+    done = sorted(folder / "metrics.json" for folder in _folders(root) if is_done(folder))
     if not done:
         raise FileNotFoundError(
             f"No finished run below {root}: a run's folder has metrics.json. "
@@ -131,10 +176,25 @@ def read_runs(root: str | Path) -> pd.DataFrame:
     rows = []
     for path in done:
         row = {"run": path.parent.relative_to(root).as_posix()}
-        row |= _flat(_metrics(path))
-        row |= _flat(read_json(path.with_name("params.json")), prefix="param.")
+        metrics, params = _metrics(path), read_json(path.with_name("params.json"))
+        if wrong := list(_contradictions(metrics, params)):
+            raise ValueError(f"{path.parent}: {'; '.join(wrong)}. {_what_to_do(path)}")
+        row |= _flat(metrics)
+        row |= _flat(params, prefix="param.")
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """Yield all folders below a folder, and it, each once whatever links lead to it."""
+    seen = set()
+    for folder, below, _ in os.walk(root, followlinks=True):
+        below.sort()
+        if (real := os.path.realpath(folder)) in seen:
+            below.clear()
+        else:
+            seen.add(real)
+            yield Path(folder)
 
 
 def read_json(path: str | Path) -> dict:
@@ -163,7 +223,31 @@ def _metrics(path):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and 0 <= value <= 1):
             raise ValueError(f"{path}: {name} is {value!r}; it must be a share in [0, 1], or null. {todo}")
+    for cost in ("macs", "params"):
+        used, dense = metrics[cost], metrics[f"dense_{cost}"]
+        if not (isinstance(used, int) and isinstance(dense, int) and 0 < used <= dense):
+            raise ValueError(
+                f"{path}: {cost} is {used!r} of {dense!r} in the dense network; both must be whole numbers above 0, "
+                f"and the first no larger than the second. {todo}"
+            )
     return metrics
+
+
+def _contradictions(metrics, params):
+    """Yield in what a run's metrics and parameters contradict each other."""
+    if lacking := [name for name in ("network", "method", "epochs") if name not in params]:
+        yield f"params.json lacks {', '.join(lacking)}, which those of every run have"
+    budget = metrics["budget"] or {}
+    for name, there in {"network": "network", "method": "method", "seed": "seed", "data": "dataset"}.items():
+        if params.get(name, metrics[there]) != metrics[there]:
+            yield f"{name} is {params[name]!r} in params.json and {metrics[there]!r} in metrics.json"
+    for cost in ("macs", "params"):
+        bound = budget.get(cost) or 0
+        if params.get(cost, bound) != bound:
+            yield f"the budget of {cost} is {params[cost]!r} in params.json and {bound!r} in metrics.json"
+        if bound and metrics[cost] > bound * metrics[f"dense_{cost}"]:
+            share = metrics[cost] / metrics[f"dense_{cost}"]
+            yield f"{cost} is {share:.2%} of the dense network's, which is above the budget of {bound:.2%}"
 
 
 def environment(device: str | torch.device | None = None) -> dict:

@@ -43,7 +43,7 @@ WORDS = {
     "widths_of": lambda run: f"{BORROWED} {METHODS.get(run.split('/')[-1].split('-')[0], run)}",
     "multiple": lambda size: f"widths in multiples of {size:g}" if size else "widths that kernels like",
 }
-SAYS_NOTHING = ("seed", "threads", "out", "read_test", "checkpoint_every", "workers", "tensorboard")
+SAYS_NOTHING = ("seed", "threads", "out", "read_test", "checkpoint_every", "workers", "tensorboard", "weights_sha256")
 
 NOT_PUBLIC = "not public"
 
@@ -69,8 +69,17 @@ def study(root: str | Path, defaults: Mapping | None = None) -> pd.DataFrame:
     network, see `training_cost`), seconds, machine. `defaults` stand in
     for parameters that a run does not have. Raises what `results.read_runs` does.
     """
-    rows = read_runs(root).to_dict("records")
+    rows = _starts_apart(read_runs(root)).to_dict("records")
     return _in_order(pd.DataFrame([_run(row, defaults or {}) for row in rows]))
+
+
+def _starts_apart(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs with starts of one name told apart by their weights' hash, where different ones are recorded."""
+    if "param.weights_sha256" not in runs:
+        return runs
+    name, known = runs["param.weights"], runs["param.weights_sha256"]
+    several = known.groupby(name).transform("nunique") > 1
+    return runs.assign(**{"param.weights": name.mask(several & known.notna(), name + " " + known.str[:8])})
 
 
 def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
@@ -138,7 +147,8 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
     `se` is the standard error of the difference, sqrt(sd^2 / n + sd^2 / n), missing where either has one seed.
     `se_pooled` is the same with, for one seed, the pooled standard deviation of all rows of the data set.
     """
-    squares = table.assign(free=table["n"] - 1, square=(table["n"] - 1) * table["sd"] ** 2).groupby("data")
+    free = (table["n"] - 1).clip(lower=0)  # no seed, where the test images were not read
+    squares = table.assign(free=free, square=free * table["sd"] ** 2).groupby("data")
     pooled = squares["square"].sum() / squares["free"].sum().replace(0, np.nan)
     table = table.assign(variance=(table["sd"] ** 2).fillna(table["data"].map(pooled)) / table["n"])
     ours = table[table["method"] == "tailored"].drop(columns="method")
@@ -173,7 +183,7 @@ def summary(pairs: pd.DataFrame, *, goals: bool = True) -> pd.DataFrame:
     """
     pairs = pairs.assign(pairs=1, wins=1 * (pairs["difference"] > 0), losses=1 * (pairs["difference"] < 0))
     pairs["length"] = pairs["epochs"].map(length)
-    rivals = pairs[(pairs["rival"] != "dense") & ~borrowed(pairs["options_rival"])]
+    rivals = pairs[(pairs["rival"] != "dense") & ~borrowed(pairs["options_rival"]) & pairs["difference"].notna()]
     ours = [*GROUP, "options"]
     best = rivals.loc[rivals.groupby([*ours, "budget"])["difference"].idxmin()] if len(rivals) else rivals
     at_half = pairs[(pairs["rival"] == "dense") & (pairs["budget"] == "50 % macs")]
@@ -306,7 +316,7 @@ def _run(row, defaults):
         "method": method,
         "options": ", ".join(_changed(given, options.get(method, (*OF_COMPARATORS, *OF_BOTH)), defaults)),
         "run": row["run"],
-        "searched": len(folders) > 2 and folders[-2].startswith("search"),
+        "searched": len(folders) > 1 and folders[-2].startswith("search"),
         "seed": row["seed"],
         "accuracy": _percent(row["test_accuracy"]),
         "val_accuracy": _percent(row["val_accuracy"]),
