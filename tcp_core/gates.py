@@ -387,6 +387,13 @@ def _release(gates: Gates, before: Iterable[tuple[weakref.ref, Binding | None]])
             module.__class__ = plain_class(module)
 
 
+def ungate(model: nn.Module) -> None:
+    """Make every module of ``model`` plain, whoever's gates it is bound to."""
+    for module in model.modules():
+        if module.__dict__.pop(BINDING, None) is not None:
+            module.__class__ = plain_class(module)
+
+
 def _own(module: nn.Module, key: str) -> Tensor | None:
     """Return a module's own parameter, or buffer: detectors have batch norms of buffers."""
     return module._parameters[key] if key in module._parameters else module._buffers.get(key)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .channels import Channels
 from .cost import Budget, amount
@@ -36,8 +37,19 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-def check_trace(channels: Channels, ignore: Iterable[str] | str, also: tuple, unused: Iterable[str] | str) -> None:
-    """Refuse what a trace that is there already was not made with."""
+def check_trace(
+    channels: Channels, example: Any, ignore: Iterable[str] | str, also: tuple, unused: Iterable[str] | str
+) -> None:
+    """Refuse what a trace that is there already was not made with; an ``example`` of None is the traced one."""
+    given, traced = (
+        [tuple(leaf.shape[1:]) for leaf in pytree.tree_leaves(each) if isinstance(leaf, Tensor)]
+        for each in (example, channels.example)
+    )
+    if example is not None and given != traced:
+        raise ValueError(
+            f"example_input has samples of {given} and came with channels=, a trace of {traced}, so costs would be "
+            f"those of another input; give what was traced (or None), or trace this one."
+        )
     for option, given, traced in (("ignore", ignore, channels.ignored), ("unused", unused, channels.unused)):
         given = (given,) if isinstance(given, str) else tuple(given)
         if given and {*given} != {*traced}:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .channels import Channels
 from .controller import Controller
 from .cost import Budget
-from .gates import Gated, device_of
+from .gates import Gated, device_of, ungate
 from .maturity import maturity as maturity_of
 from .maturity import versions
 from .packing import packed, unpacked
@@ -41,7 +41,7 @@ class Tailor(Gated):
         multiple: make widths multiples of this, which kernels like; 1: any. "auto": of what the place of ``latency``
             likes, or 8 and 4 without one, the largest with blocks small enough for the budget; 1 if there is none.
         latency: where latency is measured, a :class:`tcp_core.Latency`; needed for a budget of it.
-        channels: the model's trace, if it has been made already.
+        channels: the model's trace, if it has been made already; ``example_input`` is then what was traced, or None.
         carry: moving averages of the model that exist already; later ones are given to :meth:`carry`.
         process_group: the processes whose gradients are averaged; those of the DistributedDataParallel that wraps the
             Tailor if None.
@@ -88,7 +88,7 @@ class Tailor(Gated):
         if channels is None:
             channels = trace(model, example_input, ignore=ignore, also=also, unused=unused)
         else:
-            check_trace(channels, ignore, also, unused)
+            check_trace(channels, example_input, ignore, also, unused)
         check_same_model(model, channels)
         options |= width_options(model, channels, budget, multiple, latency)
         options |= {"maturity": maturity_of(model) if maturity is None else maturity}
@@ -196,8 +196,9 @@ class Tailor(Gated):
         if not self.checked:
             found = holders(self.model, given)
             # with none, one may still be made; an optimiser that forgets parameters will not remember them later
-            check_holders(self.model, self.channels, found, trained=shrink and bool(found.optimizers))
-            self.group, self.checked = self._group(found), True
+            there = bool(found.optimizers) or self.taken > 1
+            check_holders(self.model, self.channels, found, trained=shrink and there)
+            self.group, self.checked = self._group(found), there
         if not self.frozen:
             self._move_gates()
         if self.frozen and shrink:
@@ -296,6 +297,7 @@ class Tailor(Gated):
         """Become, with the copies of this Tailor that are carried, a network without gates."""
         for tailor in (*self._copies(), self):
             tailor.release()
+            ungate(tailor.model)  # a former Tailor of it may still be held, whose gates are for the dense network
             tailor.largest_gate_removed = largest_gate_removed
             tailor.sites = ()
             tailor.shrunk = True

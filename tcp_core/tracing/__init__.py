@@ -150,6 +150,7 @@ def trace(
         ids.run("eval", *example, count=True)
         _check_ran(ids, ignored)
         _warn_of_uncounted(ids)
+        _warn_of_routed(ids)
         unreached = freeze_for_unreached(ids, set().union(*left_over.values()))
         # Tried out in the state that these runs left: what a forward pass has kept must fit the smaller network too.
         examples = [example, *(_samples(model, other, 1) for other in also)]
@@ -360,6 +361,18 @@ def _check_ran(ids: Identities, ignored: Patterns) -> None:
                 f"ignore={pattern!r} matches only modules that the example does not call, so it is not known which "
                 f"channels are theirs; name the modules before or after them."
             )
+
+
+def _warn_of_routed(ids: Identities) -> None:
+    """Warn of macs that are those of the rows that this example's values pick."""
+    if ids.routed:
+        names = [repr(name) for name in ids.routed]
+        warnings.warn(
+            f"how many rows {', '.join(names[:3])}{' and others' * (len(names) > 3)} compute on depends on values, and "
+            f"with it the macs: they are counted as on the example with the weights of now (at least one row each). A "
+            f"budget on macs holds for these rows; what one on params holds for does not change.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_uncounted(ids: Identities) -> None:

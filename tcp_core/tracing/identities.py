@@ -7,9 +7,11 @@ accumulate here over runs in train and eval mode; :mod:`.units` makes units of t
 
 from __future__ import annotations
 
+import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +28,12 @@ from .calls import Call, Gate
 from .codes import compact, labels_in, varies
 from .counting import constant_macs
 from .liveness import Liveness
+from .routing import found_one, picks, with_a_row
 
 ALPHA = nn.AlphaDropout, nn.FeatureAlphaDropout
 """Dropouts that put another number than zero, also into closed channels: how they train shows that."""
+
+HERE = Path(__file__).parent
 
 LARGE = 1 << 20
 """A parameter with more entries than this is not followed entry by entry."""
@@ -71,6 +76,7 @@ class Identities(TorchDispatchMode):
         calls: macs as (scale, labels of inputs, labels of outputs); constant_macs: those of activations with
             activations.
         uncounted: operators that take matrices of parameters and are in no count, with the module in which they ran.
+        routed: modules with macs on as many rows as values decide.
         pads: padding modules that add channels, with the place of the amounts and the labels before and after.
         liveness: which activations are alive when, in the eval run.
         operators: how often each operator ran in each mode; not those of norms and dropout, and on integers.
@@ -113,6 +119,7 @@ class Identities(TorchDispatchMode):
         self.calls: list[tuple[float, Tensor | None, Tensor | None]] = []
         self.constant_macs = 0
         self.uncounted: dict[str, str] = {}
+        self.routed: dict[str, None] = {}
         self.pads: dict[str, tuple[int, Tensor, Tensor]] = {}
         self.operators: dict[str, Counter[str]] = {"train": Counter(), "eval": Counter()}
 
@@ -130,6 +137,7 @@ class Identities(TorchDispatchMode):
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self.liveness = Liveness(self.model, inputs) if self.counting else None
         self.fed = WeakTensorKeyDictionary(dict.fromkeys(inputs, True))  # what depends on the inputs
+        self.picked = WeakTensorKeyDictionary()  # what has as many rows as values decide
         self.shapes |= {tuple(tensor.shape) for tensor in inputs}
         self.names, self.parameters = WeakTensorKeyDictionary(), dict(self.model.named_parameters())
         for name, tensor in (*self.model.named_buffers(), *self.parameters.items()):
@@ -156,6 +164,11 @@ class Identities(TorchDispatchMode):
             with torch.no_grad(), WholeDropout(), WholeFunctions(self), self:
                 output = self.model(*args, **kwargs)
         except Exception as error:
+            if rule := _of_a_rule(error):
+                raise RuntimeError(
+                    f"the trace itself failed, with {type(error).__name__} in {rule}: {error}. This is a defect in the "
+                    f"trace: please report it with the model."
+                ) from error
             given = ", ".join(f"{x.dtype} of shape {tuple(x.shape)}" for x in inputs)
             raise ValueError(
                 f"the model raised {type(error).__name__} in {mode} mode on the example input ({given}): {error}. "
@@ -211,9 +224,12 @@ class Identities(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.counting:
             self.liveness.before()
+        name = func._schema.name.split("::")[-1]
+        given, args = args, with_a_row(name, args)
         chance = torch.Tag.nondeterministic_seeded in func.tags
         out = steady(func, args, kwargs) if chance else func(*args, **kwargs)
-        call = Call(func, func._schema.name.split("::")[-1], args, kwargs, out)
+        call = Call(func, name, args, kwargs, found_one(name, args, out))
+        out = call.out
         tensors, outputs = call.tensors, call.outputs
         if not ("batch_norm" in call.name or "dropout" in call.name or not any(map(has_values, outputs))):
             self.operators[self.mode][call.name] += 1
@@ -229,10 +245,15 @@ class Identities(TorchDispatchMode):
                     self.consume(tensor)
         if any(tensor in self.fed for tensor in tensors):
             self.fed.update(dict.fromkeys(outputs, True))
+        if picks(call._replace(args=given), self.fed, self.picked):
+            self.picked.update(dict.fromkeys(outputs, True))
+        counted = len(self.calls), self.constant_macs
         if self.within:
             self.within(self, self.arguments, outputs)
         else:
             self.rule_of(func, call.name)(self, call)
+        if counted != (len(self.calls), self.constant_macs) and any(tensor in self.picked for tensor in tensors):
+            self.routed.setdefault(self.here)
         if self.counting:
             coded = ((tensor, self.codes.get(tensor)) for tensor in outputs)
             self.liveness.after(call.name, tensors, coded)
@@ -392,6 +413,13 @@ class Identities(TorchDispatchMode):
             gates[place] = gate
         elif gate.bias not in (None, known.bias):
             self.added.add(gate.bias)
+
+
+def _of_a_rule(error: Exception) -> str:
+    """Return which function of the trace raised an error; "" if it was the model, or an operator that it called."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == HERE]
+    passing = ("run", "__torch_dispatch__", "__torch_function__")
+    return next((frame.name for frame in reversed(frames[-1:]) if frame.name not in passing), "")
 
 
 class WholeFunctions(TorchFunctionMode):

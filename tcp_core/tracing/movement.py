@@ -52,10 +52,12 @@ def copy(ids: Identities, call: Call) -> None:
 def move(ids: Identities, call: Call) -> None:
     """Move codes as the data moves."""
     tensor = call.args[0]
-    if call.name in ("t", "transpose", "permute") and tensor in ids.names and tensor.ndim == 2:
-        swapped = call.out.shape != tensor.shape or call.out.stride() != tensor.stride()
-        ids.transposed[call.out] = (ids.names[tensor], swapped)
-        return
+    if call.name in ("t", "transpose", "permute") and tensor.ndim == 2:
+        name, before = ids.transposed.get(tensor, (ids.names.get(tensor), False))
+        if name is not None:
+            swapped = call.out.shape != tensor.shape or call.out.stride() != tensor.stride()
+            ids.transposed[call.out] = (name, swapped != before)
+            return
     codes = ids.of(tensor)
     if codes is None:
         if any(ids.of(other) is not None for other in call.tensors[1:]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -61,7 +62,9 @@ class Units:
         outputs = {
             w: ids.outputs_beside[w] if w in ids.outputs_beside else ids.dims[w, d] for w, d in ids.layers.items()
         }
-        layers = tuple(Layer(w.rpartition(".")[0], w, self.of(labels)) for w, labels in outputs.items())
+        modules = Counter(w.rpartition(".")[0] for w in outputs)
+        names = {w: m if modules[m := w.rpartition(".")[0]] == 1 else w for w in outputs}  # a module may hold several
+        layers = tuple(Layer(names[w], w, self.of(labels)) for w, labels in outputs.items())
         plain = {layer.name for layer in layers}
         sole, bundled = _sole(cost_model)
         prunable = ~self.frozen & ~sole & ~bundled
@@ -141,6 +144,10 @@ class Units:
         for name, labels in self.ids.entries.items():
             components = self.component[labels]
             dims = [d for d in range(labels.ndim) if (components != components.narrow(d, 0, 1)).any()]
+            if name in registered and dims == [0] == [*range(labels.ndim)]:
+                # a layer's bias, added by itself where the layer runs as a bare product: the same channels in both
+                if torch.equal(components, self.component[self.ids.dims[name, 0]]):
+                    continue
             if len(dims) > 1 or name in self.ids.fixed or name in registered:
                 frozen[components.reshape(-1)] = True
                 self.fixed.append(("fixed", name, "", labels.reshape(-1)))
@@ -156,9 +163,10 @@ class Units:
             GateSite(w, gate.bias, self.of(gate.labels), constant=gate.constant) for w, gate in self.ids.norms.items()
         ]
         raw = [GateSite(w, gate.bias, self.of(gate.labels), dim) for (w, dim), gate in self.ids.raw.items()]
+        with_layer = {site.bias for site in norms + raw}
         added = [
             GateSite(name, None, units, dim)
-            for name in self.ids.added
+            for name in self.ids.added - with_layer
             for dim, units in enumerate(self.slots.get(name, ()))
             if units is not None
         ]
