@@ -97,9 +97,13 @@ def test_tighter_budgets_are_darker():
 def write_run(root, name, **metrics):
     folder = root / name
     folder.mkdir(parents=True)
-    (folder / "params.json").write_text("{}")
     common = {"method": "tailored", "network": "resnet20", "seed": 0, "steps": 1000, "budget": None}
-    (folder / "metrics.json").write_text(json.dumps(dict.fromkeys(results.METRICS) | common | metrics))
+    common |= {"dense_macs": 1000, "dense_params": 1000, "macs": 100, "params": 100}
+    found = dict.fromkeys(results.METRICS) | common | metrics
+    (folder / "params.json").write_text(
+        json.dumps({name: found[name] for name in ("network", "method")} | {"epochs": 1})
+    )
+    (folder / "metrics.json").write_text(json.dumps(found))
     trajectory(0.5).drop(columns="share").to_csv(folder / "trajectory.csv", index=False)
     widths().to_csv(folder / "widths.csv", index=False)
 
