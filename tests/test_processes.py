@@ -11,8 +11,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
-from tcp_core import fit, nets
+from tcp_core import evaluate, fit, nets
 from tcp_core.datasets import sources
 from tcp_core.training import processes
 
@@ -136,6 +138,20 @@ def job_accumulated(rank, folder):
     return outcome(train(BATCH // 2, accumulate=2))
 
 
+def job_held_out(rank, folder):
+    """What the history says of Images, of batches that are divided, and of batches that each process has whole."""
+    val = images()[1]
+    batches = list(val.batches(30))  # six
+    divided = batches[:1] if rank == 0 else batches[1:]
+    sampled = TensorDataset(*map(torch.cat, zip(*batches, strict=True)))
+    sampled = DataLoader(sampled, 30, sampler=DistributedSampler(sampled, shuffle=False))
+    found = []
+    for held_out in (val, divided, batches, sampled):
+        result = fit(network(), images()[0], held_out, epochs=1, batch_size=BATCH, lr=0.05)
+        found.append(result.history[["val_loss", "val_accuracy"]].iloc[0].tolist())
+    return found, evaluate(result.model, batches)
+
+
 class Spoiling(nn.Sequential):
     """Spoils its output, or the gradient alone, at one step of one process."""
 
@@ -226,6 +242,14 @@ def test_all_processes_refuse_a_step_that_one_would_spoil(tmp_path):
         assert here.startswith("the loss is 2.")
         assert "but the gradient of '0.weight' and 5 more is not finite" in here
     assert second[0][0].startswith("the loss is nan at step")
+
+
+def test_held_out_batches_are_summed_whether_divided_or_whole(tmp_path):
+    first, second = run(job_held_out, tmp_path)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    found, whole = first
+    for each in found:
+        assert each == pytest.approx([whole["loss"], whole["accuracy"]], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def evaluate(
 
     By default mean cross-entropy and the fraction right, images and pixels with the label -100 left out. With
     ``loss`` and ``metric``, functions of (outputs, targets) as in :func:`tcp_core.fit`, the means of what these give;
-    the accuracy is NaN where outputs are not logits.
+    the accuracy is NaN where outputs are not logits. Of several processes each measures what it is given by itself.
 
     Raises:
         ValueError: for another precision, no images, or a label that the network has no output for.
@@ -58,11 +58,15 @@ def evaluate(
 def validated(
     model: nn.Module, val: Images | Iterable, precision: str, device: torch.device, objective: Objective
 ) -> dict[str, float]:
-    """Evaluate, each process on its own part of the images; on all of them where they cannot be divided."""
+    """Evaluate, each process on its own part of the images, and return the means over those of all processes.
+
+    Batches that are made already are summed as well: the mean is right if they are divided, and the same if every
+    process has all of them.
+    """
     rank, world = rank_and_world()
-    if world == 1 or not hasattr(val, "part"):
-        return means(sums(model, val, 512, precision, device, objective))
-    own = sums(model, val.part(rank, world), 512, precision, device, objective)
+    own = sums(model, val.part(rank, world) if hasattr(val, "part") else val, 512, precision, device, objective)
+    if world == 1:
+        return means(own)
     return means(summed(torch.tensor(own, dtype=torch.float64, device=device)).tolist())
 
 

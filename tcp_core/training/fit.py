@@ -81,7 +81,9 @@ def fit(
         train: :class:`~tcp_core.datasets.images.Images`, :class:`~tcp_core.datasets.streams.Stream`, or any iterable of
             ``(x, y)`` batches with a length; it, or its sampler, is told the epoch if it has ``set_epoch``. Images in
             memory need no workers; a ``Stream`` and a DataLoader have theirs (``workers``, ``num_workers``).
-        val: the same, for the accuracy after each epoch; never the test images. None leaves it out.
+        val: the same, for the accuracy after each epoch; never the test images. None leaves it out. Of several processes
+            the means are over the images of all: batches may be divided, or be whole in every process. A
+            DistributedSampler repeats images to have equal parts, which then count twice.
         budget: a :class:`Budget` or dict; with neither it nor ``prune`` the dense network is trained.
         prune: another way to make the network smaller, called as ``prune(model, channels, steps)``; it returns what
             is trained in the model's place, see :func:`tcp_core.study.comparators.pruner`.
