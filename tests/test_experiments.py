@@ -467,6 +467,30 @@ def test_folders_of_images(project, tmp_path):
     assert "leave it out" in problems(project(), data=folder)[0]
 
 
+def test_class_folders_may_be_links(project, tmp_path):
+    path = project(declared("a: {grid: {macs: [0.5]}}", data="pictures", fixed="{network: vgg16_bn}"))
+    whole, part = image_folder(tmp_path / "whole"), tmp_path / "pictures"
+    hidden = whole / "train" / "cat" / ".ipynb_checkpoints"
+    hidden.mkdir()
+    Image.new("RGB", (8, 8)).save(hidden / "0-checkpoint.png")
+    for place in ("train", "test"):
+        (part / place).mkdir(parents=True)
+        for name in ("cat", "dog"):
+            (part / place / name).symlink_to(whole / place / name)
+    assert read(path, data=part).runs["a/macs0.5"].params["data"] == str(part)
+    assert places.facts("pictures", part) == ((3, 32, 32), 2, None)
+    assert places.training_images("pictures", part) == 2
+
+
+def test_a_folder_has_a_name_however_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(image_folder(tmp_path / "pictures"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "any" / "cifar-10-batches-py").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("pictures")
+    found = [places.name_of(each) for each in (".", "train/..", "../link", "~/pictures", "~/any")]
+    assert found == ["pictures", "pictures", "link", "pictures", "cifar10"]
+
+
 def test_cifar10_may_lie_in_a_folder_of_any_name(project, tmp_path):
     path = project(declared(data="cifar10"))
     (tmp_path / "datasets" / "cifar-10-batches-py").mkdir(parents=True)

@@ -63,7 +63,7 @@ def load(
                 "cifar10 needs root, the folder that holds (or with download=True will hold) cifar-10-batches-py"
             )
         return cifar10(root, download=download, mean=mean, std=std)
-    if (Path(name_or_path) / "cifar-10-batches-py").is_dir():
+    if (Path(name_or_path).expanduser() / "cifar-10-batches-py").is_dir():
         return cifar10(name_or_path, mean=mean, std=std)
     return image_folder(name_or_path, size=size, cache=cache, mean=mean, std=std)
 
@@ -101,7 +101,7 @@ def cifar10(
     """
     from torchvision.datasets import CIFAR10
 
-    parts = []
+    root, parts = Path(root).expanduser(), []
     for train in (True, False):
         try:
             part = CIFAR10(str(root), train=train, download=download)
@@ -139,8 +139,8 @@ def image_folder(
     files = {part: _files(root / part, classes) for part, classes in folder_parts(root).items()}
     size = (size, size) if isinstance(size, int) else size
     if cache is None:
-        cache = os.environ.get("TCP_CACHE") or Path.home() / ".cache" / "tcp_core"
-    parts = {part: _read(root / part, files[part], size, Path(cache)) for part in files}
+        cache = os.environ.get("TCP_CACHE") or "~/.cache/tcp_core"
+    parts = {part: _read(root / part, files[part], size, Path(cache).expanduser()) for part in files}
     shapes = {part: tuple(images.pixels.shape[2:]) for part, images in parts.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"the images of {root} differ in height and width: {shapes}; pass size to resize them")

@@ -30,7 +30,7 @@ KNOWN = {  # ImageNet's images are of many sizes; this is the one that its netwo
 
 def name_of(folder: str | Path) -> str:
     """Return the name of the data in a folder: its own, but "cifar10" and "imagenet" are known by what they hold."""
-    folder = Path(folder)
+    folder = Path(os.path.abspath(Path(folder).expanduser()))  # not resolved: a link has a name of its own
     if (folder / TORCHVISION).is_dir():
         return "cifar10"
     return "imagenet" if _is_imagenet(_classes(folder / "train")) else folder.name
