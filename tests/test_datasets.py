@@ -456,6 +456,38 @@ def test_empty_part_is_refused(folder):
         sources.load(folder)
 
 
+def test_no_cache_file_in_which_a_bit_has_changed_is_used(folder, cache):
+    before, rng = sources.load(folder).train, np.random.default_rng(0)
+    (path,) = cache.glob("images-train-*")
+    whole = path.read_bytes()
+    for _ in range(40):
+        content = bytearray(whole)
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
+        with pytest.warns(UserWarning, match="cache file .*images-train.* is unreadable and is made again"):
+            after = sources.load(folder).train
+        assert torch.equal(before.pixels, after.pixels)
+        assert torch.equal(before.labels, after.labels)
+    assert path.read_bytes() == whole
+
+
+def test_cache_files_of_the_version_before_are_made_again_without_a_word(folder, cache):
+    sources.load(folder)
+    for path in cache.iterdir():
+        torch.save({"fingerprint": "", "pixels": torch.zeros(0), "labels": torch.zeros(0)}, path)
+    assert len(sources.load(folder).train) == 6
+    assert all(path.read_bytes().startswith(b"tcp_core images") for path in cache.iterdir())
+
+
+def test_a_place_may_begin_with_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert len(sources.load("~/images", cache="~/kept").train) == 6
+    assert len(list((folder.parent / "kept").iterdir())) == 2
+    (folder.parent / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=rf"CIFAR-10 is not in {folder.parent}/cifar, or not whole"):
+        sources.load("~/cifar")
+
+
 def test_empty_class_is_refused(folder):
     for part in ("train", "test"):
         (folder / part / "cow").mkdir()

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import os
-import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..files import beside
+from ..files import Hashing, beside
 from .images import Images
 
 # Inputs of the published CIFAR-10 and ImageNet weights: load(..., **IMAGENET_STATISTICS)
@@ -130,7 +129,7 @@ def image_folder(
         the centre; None if all have one size already.
     cache: folder that keeps the decoded images for the next start; if None the environment
         variable TCP_CACHE, or ~/.cache/tcp_core. Made again whenever a file's name, size or time
-        of change differs.
+        of change differs, and, with a warning, if what is kept is damaged (by its SHA-256).
 
     Raises FileNotFoundError for a missing or empty folder, ValueError for an unreadable image, for
     images of several sizes without `size`, and for parts whose classes differ.
@@ -257,11 +256,18 @@ def _decode(path: str, size: tuple[int, int] | None) -> np.ndarray:
 
 def _from_cache(path: Path, fingerprint: str) -> dict | None:
     try:
-        stored = torch.load(path, weights_only=True)
+        with path.open("rb") as file:
+            header = file.readline(len(_header("")))
+            if header.startswith(b"PK\3\4"):  # of an earlier version, which had no hash
+                return None
+            if header != _header(hashlib.file_digest(file, "sha256").hexdigest()):
+                raise ValueError("the file is not what was written")
+            file.seek(len(header))
+            stored = torch.load(file, weights_only=True)
         return stored if stored["fingerprint"] == fingerprint else None
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+    except Exception:  # of the disk, or torch's, which are many
         # without torch's own message, which proposes to load the file unsafely
         warnings.warn(f"the cache file {path} is unreadable and is made again", stacklevel=2)
         return None
@@ -269,8 +275,12 @@ def _from_cache(path: Path, fingerprint: str) -> dict | None:
 
 def _to_cache(path: Path, stored: dict) -> None:
     try:
-        with beside(path) as part:
-            torch.save(stored, part)
+        with beside(path) as part, part.open("wb") as file:
+            file.write(_header(""))
+            body = Hashing(file)
+            torch.save(stored, body)
+            file.seek(0)
+            file.write(_header(body.hash.hexdigest()))
     except (OSError, RuntimeError) as error:
         warnings.warn(
             f"could not keep the decoded images in {path.parent} ({error}); they will be decoded "
@@ -292,3 +302,7 @@ def _normalised(splits: Splits, mean: Sequence[float] | None, std: Sequence[floa
         # images of one colour are left as they are
         std = [spread or 1.0 for spread in deviation.tolist()] if std is None else std
     return Splits(*(part if part is None else replace(part, mean=tuple(mean), std=tuple(std)) for part in splits))
+def _header(digest: str) -> bytes:
+    return f"tcp_core images sha256 {digest:0>64}\n".encode()
+
+

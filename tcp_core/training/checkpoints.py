@@ -14,13 +14,13 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import beside
+from ..files import Hashing, beside
 
 KEPT = 2
 """How many checkpoints stay: should the newest be damaged, there is one before it."""
@@ -79,7 +79,7 @@ def write_file(path: Path, state: Mapping[str, Any]) -> None:
     """Write ``state``, which :func:`plain` has made, to one file."""
     with beside(path) as part, part.open("wb") as file:
         file.write(_header(""))
-        body = _Hashing(file)
+        body = Hashing(file)
         torch.save(state, body)
         file.seek(0)
         file.write(_header(body.hash.hexdigest()))
@@ -186,20 +186,6 @@ def plain(value: Any, place: str = "") -> Any:
 def _text(value: str | os.PathLike) -> str:
     text = str(value) if isinstance(value, str) else os.fspath(value)
     return "".join(text) if isinstance(text, str) else os.fsdecode(text)  # join: no subclass of str
-
-
-class _Hashing:
-    """What torch.save writes to: a file, and the hash of all that went there."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.hash = file, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.hash.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def _header(digest: str) -> bytes:
