@@ -1,5 +1,6 @@
 import os
 import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tcp_core.datasets import sources
+from tcp_core.datasets import sources, streams
 from tcp_core.datasets.images import Images, crop_and_flip
 
 
@@ -351,7 +352,10 @@ def test_folder_finds_images_in_subfolders_and_passes_over_other_files(folder):
     deeper.mkdir()
     os.rename(folder / "train" / "cat" / "0.png", deeper / "a.PNG")
     (folder / "train" / "cat" / "boxes.txt").write_text("not an image")
-    (folder / "train" / ".hidden").mkdir()
+    for place in (folder / "train" / ".hidden", folder / "train" / "cat" / ".ipynb_checkpoints"):
+        place.mkdir()
+        shutil.copy(folder / "train" / "dog" / "0.png", place / "0-checkpoint.png")
+    (folder / "train" / "dog" / "._0.png").write_bytes(b"what macOS keeps of a file")
     train = sources.load(folder).train
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
@@ -363,6 +367,27 @@ def test_gray_and_palette_images_become_rgb(folder):
     gray.convert("P").save(folder / "train" / "cat" / "1.png")
     pixels = sources.load(folder).train.pixels[:2]
     assert torch.equal(pixels, torch.arange(64).byte().view(1, 1, 8, 8).expand(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_gray_in_sixteen_bits_keeps_the_upper_eight(folder, suffix):
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
+    (folder / "train" / "cat" / "0.png").unlink()
+    Image.fromarray(ramp).save(folder / "train" / "cat" / f"0.{suffix}")
+    expected = torch.from_numpy((ramp // 256).astype(np.uint8)).expand(3, 8, 8)
+    assert torch.equal(sources.load(folder).train.pixels[0], expected)
+    stream = streams.Stream(folder / "train", size=7, batch_size=1, workers=0, mean=(0,) * 3, std=(1,) * 3)
+    x, _ = next(iter(stream))
+    assert torch.equal((x[0] * 255).round().byte(), expected[:, :7, :7])
+
+
+@pytest.mark.parametrize(("kind", "name"), [(np.int32, "integers"), (np.float32, "floats")])
+def test_gray_in_32_bits_is_refused(folder, kind, name):
+    Image.fromarray(np.full((8, 8), 300, dtype=kind)).save(folder / "train" / "cat" / "0.tif")
+    with pytest.raises(ValueError, match=rf"cat/0\.tif cannot be read .*gray of 32-bit {name}; convert it to eight"):
+        sources.load(folder)
+    with pytest.raises(ValueError, match=rf"cat/0\.tif cannot be read \(gray of 32-bit {name}"):
+        list(streams.Stream(folder / "train", size=8, workers=0))
 
 
 @pytest.mark.parametrize(("size", "expected"), [(4, (4, 4)), ((6, 4), (6, 4))])
@@ -431,31 +456,6 @@ def test_broken_cache_file_is_reported_and_made_again(folder, cache, content):
     sources.load(folder)  # warns no more
 
 
-def test_cache_that_cannot_be_written_is_reported(folder, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.warns(UserWarning, match=r"could not keep the decoded images .*TCP_CACHE"):
-        sources.load(folder, cache=tmp_path / "file" / "cache")
-
-
-def test_missing_folder_is_refused_with_the_known_names(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no folder .*cifra10; .* "digits", "cifar10"'):
-        sources.load(tmp_path / "cifra10")
-
-
-@pytest.mark.parametrize(("parts", "found"), [((), "none"), (("train",), "train"), (("val", "test"), "val, test")])
-def test_folder_without_the_parts_is_refused(tmp_path, parts, found):
-    for part in parts:
-        save_images(tmp_path / part)
-    with pytest.raises(FileNotFoundError, match=f"has {found} of the folders .*it needs train"):
-        sources.load(tmp_path)
-
-
-def test_empty_part_is_refused(folder):
-    (folder / "val").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"val is empty; it must hold one folder"):
-        sources.load(folder)
-
-
 def test_no_cache_file_in_which_a_bit_has_changed_is_used(folder, cache):
     before, rng = sources.load(folder).train, np.random.default_rng(0)
     (path,) = cache.glob("images-train-*")
@@ -486,6 +486,31 @@ def test_a_place_may_begin_with_the_home_folder(folder, monkeypatch):
     (folder.parent / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=rf"CIFAR-10 is not in {folder.parent}/cifar, or not whole"):
         sources.load("~/cifar")
+
+
+def test_cache_that_cannot_be_written_is_reported(folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match=r"could not keep the decoded images .*TCP_CACHE"):
+        sources.load(folder, cache=tmp_path / "file" / "cache")
+
+
+def test_missing_folder_is_refused_with_the_known_names(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no folder .*cifra10; .* "digits", "cifar10"'):
+        sources.load(tmp_path / "cifra10")
+
+
+@pytest.mark.parametrize(("parts", "found"), [((), "none"), (("train",), "train"), (("val", "test"), "val, test")])
+def test_folder_without_the_parts_is_refused(tmp_path, parts, found):
+    for part in parts:
+        save_images(tmp_path / part)
+    with pytest.raises(FileNotFoundError, match=f"has {found} of the folders .*it needs train"):
+        sources.load(tmp_path)
+
+
+def test_empty_part_is_refused(folder):
+    (folder / "val").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"val is empty; it must hold one folder"):
+        sources.load(folder)
 
 
 def test_empty_class_is_refused(folder):

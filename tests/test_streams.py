@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from tcp_core import fit, nets
 from tcp_core.datasets import sources, streams
@@ -58,6 +59,23 @@ def test_batches_in_order_of_the_names(folder):
     assert torch.cat([y for _, y in batches]).tolist() == [0] * 12 + [1] * 12
     assert val.shape == (3, 16, 16)
     assert all(x.shape[1:] == val.shape and x.dtype == torch.float32 for x, _ in batches)
+
+
+def test_images_are_found_as_torchvision_finds_them_without_hidden_ones(folder):
+    """In subfolders and behind links too, the files of a folder before those of the folders in it."""
+    deeper = folder / "cat" / "a deeper one"
+    deeper.mkdir()
+    (folder / "cat" / "00.png").rename(deeper / "zz.PNG")
+    elsewhere = folder.with_name("elsewhere")
+    (folder / "dog").rename(elsewhere)
+    (folder / "dog").symlink_to(elsewhere)
+    expected = ImageFolder(str(folder))
+    for place in (folder / "cat" / ".ipynb_checkpoints", folder / ".cat"):
+        place.mkdir()
+        (place / "00.png").write_bytes((folder / "cat" / "02.png").read_bytes())
+    (folder / "dog" / "._01.png").touch()
+    found = stream(str(folder))
+    assert [(os.fsdecode(path), label) for path, label in zip(found.paths, found.labels, strict=True)] == expected.imgs
 
 
 def test_seed_and_epoch_alone_decide_the_batches(folder):
@@ -220,13 +238,13 @@ def test_a_split_with_an_empty_part_is_refused(whole, val):
 def test_load_gives_the_parts_of_an_image_folder(tmp_path, monkeypatch, held_out):
     for part, count in zip(("train", *held_out), (20, 6, 4), strict=False):
         save_images(tmp_path / part, count=count)
-    scanned, of_folder = [], streams.ImageFolder.make_dataset
+    scanned, of_folder = [], streams.class_files
 
-    def make_dataset(directory, *given, **options):
-        scanned.append(directory)
-        return of_folder(directory, *given, **options)
+    def class_files(folder, classes):
+        scanned.append(folder)
+        return of_folder(folder, classes)
 
-    monkeypatch.setattr(streams.ImageFolder, "make_dataset", staticmethod(make_dataset))
+    monkeypatch.setattr(streams, "class_files", class_files)
     options = {"size": 16, "batch_size": 4, "workers": 0, "seed": 3, "skip_corrupt": True}
     splits = streams.load(str(tmp_path), **options, val_images=2)
     assert isinstance(splits, sources.Splits)

@@ -25,7 +25,7 @@ from .images import Images
 
 # Inputs of the published CIFAR-10 and ImageNet weights: load(..., **IMAGENET_STATISTICS)
 IMAGENET_STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-DECODING = 1  # raised when `_decode` changes, so that files cached before are made again
+DECODING = 2  # raised when `_decode` changes, so that files cached before are made again
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -135,7 +135,7 @@ def image_folder(
     images of several sizes without `size`, and for parts whose classes differ.
     """
     root = Path(root).expanduser().resolve()
-    files = {part: _files(root / part, classes) for part, classes in folder_parts(root).items()}
+    files = {part: class_files(root / part, classes) for part, classes in folder_parts(root).items()}
     size = (size, size) if isinstance(size, int) else size
     if cache is None:
         cache = os.environ.get("TCP_CACHE") or "~/.cache/tcp_core"
@@ -182,46 +182,50 @@ def class_folders(folder: str | Path) -> list[str]:
     return names
 
 
-class _File(NamedTuple):
-    path: str
-    bytes: int
-    modified: int
-
-
-def _files(folder: Path, classes: list[str]) -> dict[str, list[_File]]:
-    """Image files of every class folder, sorted by name."""
-    files = {name: sorted(_walk(folder / name)) for name in classes}
+def class_files(folder: str | Path, classes: Sequence[str]) -> dict[str, list[str]]:
+    """The paths of the images of every class, sorted by name; FileNotFoundError if a class has none."""
+    files = {name: sorted(image_files(os.path.join(folder, name))) for name in classes}
     if empty := [name for name in classes if not files[name]]:
         raise FileNotFoundError(
-            f"no image in {folder / empty[0]}; every class needs at least one file that ends in {', '.join(SUFFIXES)}"
+            f"no image in {os.path.join(folder, empty[0])}; every class needs at least one file that ends in "
+            f"{', '.join(SUFFIXES)}"
         )
     return files
 
 
-def _walk(folder: str | Path) -> Iterator[_File]:
-    for entry in os.scandir(folder):
-        if entry.is_dir():
-            yield from _walk(entry.path)
-        elif entry.name.lower().endswith(SUFFIXES):
-            status = entry.stat()
-            yield _File(entry.path, status.st_size, status.st_mtime_ns)
+def image_files(folder: str | Path) -> Iterator[str]:
+    """The paths of the images in `folder` and its subfolders, in no order, links followed, hidden names left out."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name[0] == ".":  # a notebook server's checkpoints, macOS's files beside files
+                continue
+            if entry.is_dir():
+                yield from image_files(entry.path)
+            elif entry.name.lower().endswith(SUFFIXES):
+                yield entry.path
 
 
-def _read(folder: Path, files: dict[str, list[_File]], size: tuple[int, int] | None, cache: Path) -> Images:
+def _read(folder: Path, files: dict[str, list[str]], size: tuple[int, int] | None, cache: Path) -> Images:
     """Decode, or take from the cache, the images of one part."""
     place = hashlib.sha256(f"{folder}|{size}".encode()).hexdigest()[:16]
     saved = cache / f"{folder.parent.name}-{folder.name}-{place}.pt"
-    fingerprint = hashlib.sha256(json.dumps([DECODING, files]).encode()).hexdigest()
+    states = {name: [(path, *_size_and_time(path)) for path in members] for name, members in files.items()}
+    fingerprint = hashlib.sha256(json.dumps([DECODING, states]).encode()).hexdigest()
     stored = _from_cache(saved, fingerprint)
     if stored is None:
         counts = torch.tensor([len(members) for members in files.values()])
         stored = {
             "fingerprint": fingerprint,
-            "pixels": _decode_all([file.path for file in itertools.chain(*files.values())], size),
+            "pixels": _decode_all([*itertools.chain(*files.values())], size),
             "labels": torch.arange(len(counts)).repeat_interleave(counts),
         }
         _to_cache(saved, stored)
     return Images(stored["pixels"], stored["labels"], tuple(files), (0.0,) * 3, (1.0,) * 3)
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def _decode_all(paths: list[str], size: tuple[int, int] | None) -> Tensor:
@@ -246,12 +250,25 @@ def _decode_all(paths: list[str], size: tuple[int, int] | None) -> Tensor:
 def _decode(path: str, size: tuple[int, int] | None) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            image = image.convert("RGB")
+            image = rgb(image)
     except Exception as error:  # Pillow's are of many kinds, that for a decompression bomb among them
         raise ValueError(f"{path} cannot be read as an image ({error}); replace it or delete it") from error
     if size is not None:
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
     return np.asarray(image)
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, eight bits each: of gray in 16 bits the upper eight, as Pillow has them of colours in 16 bits.
+
+    Raises ValueError for gray in 32 bits, of which a file does not say what is white.
+    """
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if sixteen:  # which Pillow would clip: all above 255 would be white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"gray of 32-bit {'integers' if image.mode == 'I' else 'floats'}; convert it to eight bits")
+    return image.convert("RGB")
 
 
 def _from_cache(path: Path, fingerprint: str) -> dict | None:
@@ -289,6 +306,10 @@ def _to_cache(path: Path, stored: dict) -> None:
         )
 
 
+def _header(digest: str) -> bytes:
+    return f"tcp_core images sha256 {digest:0>64}\n".encode()
+
+
 def _normalised(splits: Splits, mean: Sequence[float] | None, std: Sequence[float] | None) -> Splits:
     """All parts with the given mean and std, or with those of the training images."""
     if mean is None or std is None:
@@ -302,7 +323,3 @@ def _normalised(splits: Splits, mean: Sequence[float] | None, std: Sequence[floa
         # images of one colour are left as they are
         std = [spread or 1.0 for spread in deviation.tolist()] if std is None else std
     return Splits(*(part if part is None else replace(part, mean=tuple(mean), std=tuple(std)) for part in splits))
-def _header(digest: str) -> bytes:
-    return f"tcp_core images sha256 {digest:0>64}\n".encode()
-
-

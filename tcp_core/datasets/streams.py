@@ -17,12 +17,10 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from .images import stratified
-from .sources import IMAGENET_STATISTICS, Splits, class_folders, folder_parts
+from .sources import IMAGENET_STATISTICS, Splits, class_files, class_folders, folder_parts, rgb
 
 
 def load(
@@ -63,7 +61,7 @@ class Stream:
     loop of one's own does by :meth:`among`.
 
     Args:
-        root: a folder with one folder of images a class; hidden folders are passed over.
+        root: a folder with one folder of images a class; hidden files and folders are passed over.
         size: side of the square that the network sees.
         batch_size: images a batch; when training, what is left at an epoch's end is dropped.
         train: random crop (8 to 100 % of the area) and mirroring, shuffled; else the centre, in order of the names.
@@ -102,11 +100,12 @@ class Stream:
         for name, number, least in (("size", size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
             if not isinstance(number, int) or number < least:
                 raise ValueError(f"{name}={number!r}; it must be an int of at least {least}.")
+        folder = os.path.expanduser(root)
         try:
-            folder = _Folder(str(root))
+            self.classes = tuple(class_folders(folder))
+            files = class_files(folder, self.classes)
         except OSError as error:
             raise FileNotFoundError(f"{root} must be a folder with one folder of images a class ({error}).") from error
-        self.classes = tuple(folder.classes)
         if "train" in self.classes and len(self.classes) > 1 and {*self.classes} <= {"train", "val", "test"}:
             raise ValueError(
                 f"{root} has the folders {', '.join(self.classes)}, which are parts of a data set and would be taken "
@@ -114,8 +113,9 @@ class Stream:
                 f"streams.load({str(root)!r}), which gives them all."
             )
         # in one piece, which workers share: of a list each would soon have a copy, as it counts references in it
-        self.paths = np.array([os.fsencode(path) for path, _ in folder.samples])
-        self.labels = np.array(folder.targets)
+        by_folder = (sorted(members, key=os.path.split) for members in files.values())
+        self.paths = np.array([os.fsencode(path) for members in by_folder for path in members])
+        self.labels = np.repeat(np.arange(len(files)), [len(members) for members in files.values()])
         self.size, self.batch_size, self.train, self.workers, self.seed = size, batch_size, train, workers, seed
         self.skip_corrupt, self.skipped, self.mean, self.std = skip_corrupt, [], mean, std
         self.shape, self.epoch, self.dealt = (3, size, size), 0, None
@@ -195,14 +195,6 @@ class Stream:
         return [order[start : start + self.batch_size].tolist() for start in starts]
 
 
-class _Folder(ImageFolder):
-    """torchvision's, but hidden folders, such as a notebook server's checkpoints, are no classes."""
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        classes = class_folders(directory)
-        return classes, {name: label for label, name in enumerate(classes)}
-
-
 class _Decoded(Dataset):
     """The images of a stream as the network sees them, each with random numbers of its own; faults as text."""
 
@@ -230,7 +222,8 @@ class _Decoded(Dataset):
             return self.change(image), int(self.labels[index])
 
     def _opened(self, path: str) -> Image.Image:
-        image = default_loader(path)
+        with Image.open(path) as image:
+            image = rgb(image)
         # a line of pixels is no bomb to Pillow, but becomes one as its shorter side is brought to the network's size
         pixels = self.resized**2 * max(image.size) // min(image.size)
         if self.resized and Image.MAX_IMAGE_PIXELS is not None and pixels > 2 * Image.MAX_IMAGE_PIXELS:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..datasets.sources import SUFFIXES
+from ..datasets.sources import image_files
 
 TORCHVISION = "cifar-10-batches-py"
 
@@ -84,8 +84,9 @@ def _classes(part: Path) -> set[str]:
     return {entry.name for entry in os.scandir(part) if entry.name[0] != "." and entry.is_dir()}
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    return (path for path in (folder / "train").rglob("*") if path.suffix.lower() in SUFFIXES)
+def _images(folder: Path) -> Iterator[str]:
+    train = folder / "train"
+    return (path for name in sorted(_classes(train)) for path in image_files(train / name))
 
 
 def _is_imagenet(classes: set[str]) -> bool:
