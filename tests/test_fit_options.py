@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from cases import slow
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from tcp_core import evaluate, fit, nets
 from tcp_core.datasets import sources, streams
@@ -78,7 +79,7 @@ def test_options_of_another_object_are_refused(images):
         ("checkpoint_every", (-1, 0.5)),
         ("clip", ("1",)),
         ("mixing", (["cutmix"],)),
-        ("seed", (None, -1, 0.5)),  # None would be taken for images that are neither shuffled nor augmented
+        ("seed", (-1, 0.5)),
     ],
 )
 def test_numbers_out_of_range(images, name, values):
@@ -522,6 +523,72 @@ def test_batches_have_their_own_size(images):
         fit(network(), loader, epochs=1, batch_size=16)
 
 
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (lambda x, y: {"image": x, "label": y}, "a dict with the keys 'image', 'label'"),
+        (lambda x, y: (x, y, y), "a tuple of Tensor, Tensor, Tensor"),
+        (lambda x, y: ({"pixels": x}, y), "a tuple of dict, Tensor"),
+        (lambda x, y: [*zip(x, y, strict=True)], "a list of tuple, tuple, tuple, tuple, ..."),
+        (lambda x, y: x, "a Tensor"),
+        (lambda x, y: None, "a NoneType"),
+    ],
+)
+def test_batches_that_are_no_pairs_are_told_what_they_are(images, batch, said):
+    batches = [batch(*pair) for pair in images[0].batches(32)]
+    words = rf"a batch is {re.escape(said)}; it must be a pair \(x, y\), .* collate_fn"
+    with pytest.raises(TypeError, match=words):
+        fit(network(), batches, epochs=1)
+    with pytest.raises(TypeError, match=words):
+        evaluate(network(), batches)
+
+
+class Told:
+    """A batch sampler that knows the epoch itself, and has a sampler that does."""
+
+    def __init__(self, sampler):
+        self.sampler, self.told = sampler, []
+
+    def set_epoch(self, epoch):
+        self.told.append(epoch)
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self):
+        return 10
+
+    def __iter__(self):
+        return iter(BatchSampler(self.sampler, 32, True))
+
+
+def test_samplers_are_told_the_epoch_wherever_they_are(images):
+    data = TensorDataset(*next(iter(images[0].batches(320))))
+    orders = []
+    for how in ("sampler", "batch_sampler", "own"):
+        sampler = DistributedSampler(data, num_replicas=1, rank=0)
+        batches = Told(sampler) if how == "own" else BatchSampler(sampler, 32, True)
+        options = {"sampler": sampler, "batch_size": 32} if how == "sampler" else {"batch_sampler": batches}
+        seen = []
+        keep = lambda outputs, targets, seen=seen: seen.append(targets) or F.cross_entropy(outputs, targets)  # noqa: E731
+        fit(network(), DataLoader(data, **options), epochs=3, loss=keep)
+        orders.append(torch.cat(seen).view(3, 320))
+        if how == "own":
+            assert batches.told[-3:] == [0, 1, 2]
+    first = orders[0]
+    assert not first[0].equal(first[1])
+    assert not first[1].equal(first[2])
+    assert all(order.equal(first) for order in orders)
+
+
+def test_seed_and_augment_are_of_images_in_memory(images):
+    """Beside batches that are made already they were ignored."""
+    loader = DataLoader(TensorDataset(*next(iter(images[0].batches(320)))), batch_size=32)
+    with pytest.raises(ValueError, match="seed=1 given, but this DataLoader has an order of its own: seed it where"):
+        fit(network(), loader, epochs=1, seed=1)
+    with pytest.raises(ValueError, match="augment='crop' given, which is for Images; this DataLoader"):
+        fit(network(), loader, epochs=1, augment="crop")
+    same(fit(network(), *images, epochs=1), fit(network(), *images, epochs=1, seed=0, augment="crop_flip"))
+
+
 def test_a_stream_has_its_own_size_and_its_classes_are_no_parts(tmp_path):
     for part in ("train", "val"):
         for name in ("a", "b"):
@@ -532,7 +599,11 @@ def test_a_stream_has_its_own_size_and_its_classes_are_no_parts(tmp_path):
     model = nets.small_resnet(widths=(4, 8, 12), num_classes=2, in_channels=3)
     with pytest.raises(ValueError, match="batch_size=16 given, but this Stream makes batches of 4"):
         fit(model, stream, epochs=1, batch_size=16)
-    fit(model, stream, epochs=1)
+    with pytest.raises(ValueError, match=r"seed=1 given, but this Stream has seed=0 .* build it with seed=1, or leave"):
+        fit(model, stream, epochs=1, seed=1)
+    with pytest.raises(ValueError, match="augment='none' given, which is for Images; this Stream"):
+        fit(model, stream, epochs=1, augment="none")
+    fit(model, stream, epochs=1, seed=0)
     with pytest.raises(
         ValueError, match=r"has the folders train, val, which are parts .*Stream\('.*train', train=True\)"
     ):

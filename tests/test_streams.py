@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from tcp_core import fit, nets
+from tcp_core import evaluate, fit, nets
 from tcp_core.datasets import sources, streams
 from tcp_core.datasets.images import Images
 from tcp_core.datasets.streams import Stream
@@ -290,6 +290,17 @@ def test_processes_share_every_batch(whole):
     for batch, *own in zip(one, *parts, strict=True):
         for together, separate in zip(batch, zip(*own, strict=True), strict=True):
             assert together.equal(torch.cat(separate))
+
+
+def test_a_stream_for_training_is_measured_on_the_centre_of_every_image(folder):
+    torch.manual_seed(0)
+    model = nets.small_resnet(num_classes=2, in_channels=3)
+    train = stream(folder, train=True, seed=3)
+    found = evaluate(model, train)
+    assert found == evaluate(model, stream(folder))
+    assert train.train
+    history = fit(model, train, stream(folder, train=True), epochs=1, lr=1e-9).history
+    assert history["val_loss"][0] == pytest.approx(evaluate(model, stream(folder))["loss"], rel=1e-4)
 
 
 def test_a_stream_trains_a_tailored_network(folder):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ MIXING = {"none": None, "mixup": v2.MixUp, "cutmix": v2.CutMix}
 def by_epoch(images: Images | Iterable, batch_size: int | None, augment: str, seed: int | None, device: torch.device):
     """Return a function from the epoch's number to its batches; ``seed`` None keeps the order and every image.
 
-    ``batch_size`` is of images in memory; batches that are made already have their own.
+    ``batch_size``, ``augment`` and ``seed`` are of images in memory; batches that are made already have their own. A
+    ``Stream`` is seen as it is held out, each image's centre, where ``seed`` is None.
     """
     if isinstance(images, Images):
         batch_size = BATCH_SIZE if batch_size is None else batch_size
@@ -41,23 +43,61 @@ def by_epoch(images: Images | Iterable, batch_size: int | None, augment: str, se
 
     if isinstance(images, Stream):
         images = images.among(*rank_and_world())
+        images.train = images.train and seed is not None
 
     class Moved:
         def __len__(self) -> int:
             return len(images)
 
         def __iter__(self):
-            return ((_moved(x, device), _moved(y, device)) for x, y in images)
+            return ((_moved(x, device), _moved(y, device)) for x, y in map(_pair, images))
 
-    moved = Moved()
-    told = images if hasattr(images, "set_epoch") else getattr(images, "sampler", None)
+    moved, told = Moved(), _told(images)
 
     def of_epoch(epoch: int) -> Moved:
-        if hasattr(told, "set_epoch"):
-            told.set_epoch(epoch)
+        for each in told:
+            each.set_epoch(epoch)
         return moved
 
     return of_epoch
+
+
+def _told(loader: Any) -> list:
+    """Return what is told the epoch: the loader if it can be, else the samplers in it, and in its batch sampler."""
+    found, todo, seen = [], [loader], set()
+    while todo:
+        each = todo.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        if hasattr(each, "set_epoch"):
+            found.append(each)
+        else:
+            todo += [getattr(each, name, None) for name in ("sampler", "batch_sampler")]
+    return found
+
+
+def _pair(batch: Any) -> tuple[Tensor, Any]:
+    """Return a batch's images and targets; raise TypeError, saying what to do, if it is anything but these two."""
+    if not isinstance(batch, Mapping | Tensor):  # which may have two parts that are something else
+        try:
+            x, y = batch
+        except (TypeError, ValueError):
+            x = None
+        if isinstance(x, Tensor):
+            return x, y
+    if isinstance(batch, Mapping):
+        said = f"{type(batch).__name__} with the keys {', '.join(map(repr, batch))}"
+    elif isinstance(batch, tuple | list):
+        kinds = [type(each).__name__ for each in batch[:4]] + ["..."] * (len(batch) > 4)
+        said = f"{type(batch).__name__} of {', '.join(kinds)}"
+    else:
+        said = type(batch).__name__
+    raise TypeError(
+        f"a batch is a {said}; it must be a pair (x, y), x one tensor and y the targets. Give a loader with a "
+        f"collate_fn that makes pairs, or a class with __len__ and an __iter__ that yields them: (batch['image'], "
+        f"batch['label']). Networks of several inputs are trained with tcp.Tailor in a loop of one's own."
+    )
 
 
 def _moved(value, device: torch.device):
@@ -65,15 +105,29 @@ def _moved(value, device: torch.device):
     return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, value)
 
 
-def check_batch_size(images: Images | Iterable, batch_size: int | None) -> None:
-    """Raise ValueError if batches that are made already have another size than the one that was asked for."""
-    if batch_size is None or isinstance(images, Images):
+def check_own(images: Images | Iterable, batch_size: int | None, augment: str | None, seed: int | None) -> None:
+    """Raise ValueError if batches that are made already have another size, or seed, than the one that was asked for, or
+    if an augmentation was, which they have had.
+    """
+    if isinstance(images, Images):
         return
-    own = getattr(images, "batch_size", None)
-    if own is not None and own != batch_size:
+    kind, own = type(images).__name__, getattr(images, "batch_size", None)
+    if batch_size is not None and own is not None and own != batch_size:
         raise ValueError(
-            f"batch_size={batch_size} given, but this {type(images).__name__} makes batches of {own}: build it with "
+            f"batch_size={batch_size} given, but this {kind} makes batches of {own}: build it with "
             f"batch_size={batch_size}, or leave batch_size out here."
+        )
+    own = getattr(images, "seed", None)
+    if seed is not None and own != seed:
+        there = "seed it where it is built" if own is None else f"build it with seed={seed}"
+        raise ValueError(
+            f"seed={seed} given, but this {kind} has {'an order' if own is None else f'seed={own}'} of its own: "
+            f"{there}, or leave seed out here."
+        )
+    if augment is not None:
+        raise ValueError(
+            f"augment={augment!r} given, which is for Images; this {kind} gives its images as they are trained on: "
+            f"leave augment out here."
         )
 
 

@@ -18,7 +18,7 @@ from ..tailor import Tailor
 from ..tracing import trace
 from . import identity
 from .averaging import Average
-from .batches import by_epoch, channels_last, check_batch_size, mixer
+from .batches import by_epoch, channels_last, check_own, mixer
 from .checkpoints import newest
 from .evaluation import PRECISIONS, autocast, check_precision, device_of
 from .frames import printed, say
@@ -52,12 +52,12 @@ def fit(
     teacher: nn.Module | None = None,
     teacher_weight: float = 0.5,
     temperature: float = 4.0,
-    augment: str = "crop_flip",
+    augment: str | None = None,
     mixing: str = "none",
     accumulate: int = 1,
     precision: str = "fp32",
     sync_batch_norm: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
     device: torch.device | str | None = None,
     verbose: bool | None = None,
     on_epoch: Callable[[dict], Any] | None = None,
@@ -79,10 +79,11 @@ def fit(
     Args:
         model: the dense network, trained or not; it is trained in place until it is made smaller.
         train: :class:`~tcp_core.datasets.images.Images`, :class:`~tcp_core.datasets.streams.Stream`, or any iterable of
-            ``(x, y)`` batches with a length; it, or its sampler, is told the epoch if it has ``set_epoch``. Images in
-            memory need no workers; a ``Stream`` and a DataLoader have theirs (``workers``, ``num_workers``).
-        val: the same, for the accuracy after each epoch; never the test images. None leaves it out. Of several processes
-            the means are over the images of all: batches may be divided, or be whole in every process. A
+            ``(x, y)`` batches with a length; it, or else its samplers (``sampler``, ``batch_sampler`` and what is in
+            these), are told the epoch if they have ``set_epoch``. Images in memory need no workers; a ``Stream`` and a
+            DataLoader have theirs (``workers``, ``num_workers``).
+        val: the same, for the accuracy after each epoch; never the test images. None leaves it out. Of several
+            processes the means are over the images of all: batches may be divided, or be whole in every process. A
             DistributedSampler repeats images to have equal parts, which then count twice.
         budget: a :class:`Budget` or dict; with neither it nor ``prune`` the dense network is trained.
         prune: another way to make the network smaller, called as ``prune(model, channels, steps)``; it returns what
@@ -113,14 +114,14 @@ def fit(
             mixed, on ``device`` and in the run's precision.
         teacher_weight: share of the loss that comes from the teacher.
         temperature: by which logits are divided before the softmax.
-        augment: "none", "crop" or "crop_flip", for ``Images``.
+        augment: "none", "crop" or "crop_flip", of ``Images`` ("crop_flip" if None). Others come augmented.
         mixing: "none", "mixup" or "cutmix" of each batch's images and labels, on the device they are trained on;
             ``train`` must know its ``classes``.
         accumulate: batches a step: their gradients are averaged. Batches left over at an epoch's end are not used.
         precision: "fp32", or "bf16" for autocast.
         sync_batch_norm: of several processes, have the batch norms see all images of a batch (torch's SyncBatchNorm, on
             GPUs only). The network that is returned has its own batch norms again.
-        seed: order and augmentation of the training images.
+        seed: of order and augmentation, of ``Images`` (0 if None). Batches that are made already have their own.
         device: where to train; where the model is, if None.
         verbose: whether to print a row an epoch; if None, unless ``on_epoch`` or ``on_step`` is given. That a run goes
             on from a checkpoint is said unless it is False.
@@ -149,7 +150,8 @@ def fit(
     mix = mixer(mixing, train)
     optimised, following = optimise(optimizer, lr, momentum, weight_decay), scheduled(schedule, warmup, restart)
     model.to(device)
-    check_batch_size(train, batch_size)
+    check_own(train, batch_size, augment, seed)
+    augment, seed = "crop_flip" if augment is None else augment, 0 if seed is None else seed
     batches = by_epoch(train, batch_size, augment, seed, device)
     if val is not None:
         by_epoch(val, batch_size, "none", None, device)  # refused now rather than after the first epoch
@@ -226,7 +228,7 @@ def _whole(least: int) -> Callable[[Any], bool]:
 
 ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "epochs": ("an int of at least 1", _whole(1)),
-    "seed": ("an int of at least 0", _whole(0)),
+    "seed": ("an int of at least 0, or None", lambda seed: seed is None or _whole(0)(seed)),
     "accumulate": ("an int of at least 1", _whole(1)),
     "checkpoint_every": ("an int of at least 0 steps, 0 for one an epoch", _whole(0)),
     "warmup": ("a share of the run in [0, 1), or None", lambda share: share is None or 0 <= share < 1),
