@@ -3,6 +3,7 @@
 import errno
 import signal
 from collections import OrderedDict, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from cases import slow
+from PIL import Image
 
 from tcp_core import fit, nets
-from tcp_core.datasets import sources
+from tcp_core.datasets import sources, streams
 from tcp_core.study import comparators
 from tcp_core.training import checkpoints
 from tcp_core.training.checkpoints import CheckpointError
@@ -398,6 +400,62 @@ def test_batches_of_another_size_are_refused_also_with_as_many_steps(images, tmp
     half = train.split(160)[1]
     with pytest.raises(CheckpointError, match="batch_size: 20 then, 10 now; images: 320 then, 160 now"):
         fit(network(), half, val, batch_size=10, **options)
+
+
+def stream_of(folder, **options):
+    for name in "ab":
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(8):
+            Image.new("L", (8, 8), 16 * number).save(folder / name / f"{number}.png")
+    return streams.Stream(folder, **{"size": 8, "batch_size": 4, "train": True, "workers": 0} | options)
+
+
+def begin(train, folder, stop=None, **options):
+    def on_step(step, steps):
+        if step == stop:
+            raise Stop
+
+    torch.manual_seed(0)
+    model = nets.small_resnet(widths=(4, 8, 12), in_channels=train.shape[0])
+    options |= {"epochs": 2, "checkpoints": folder, "checkpoint_every": 1, "on_step": on_step, "verbose": False}
+    return fit(model, train, **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"seed": 1}, "train.seed: 0 then, 1 now"),
+        ({"train": False}, "train.train: True then, False now"),
+        ({"mean": (0.5,) * 3}, r"train.mean: .*0.485.* then, \(0.5, 0.5, 0.5\) now"),
+    ],
+)
+def test_another_stream_is_another_run(tmp_path, option, said):
+    stream = stream_of(tmp_path / "images")
+    with pytest.raises(Stop):
+        begin(stream, tmp_path / "c", stop=3)
+    with pytest.raises(CheckpointError, match=f"has checkpoints of another run: .*{said}"):
+        begin(stream_of(tmp_path / "images", **option), tmp_path / "c")
+    begin(stream, tmp_path / "c", seed=0)  # which says the same
+
+
+def test_images_normalised_otherwise_are_another_run(images, tmp_path):
+    with pytest.raises(Stop):
+        begin(images[0], tmp_path, stop=2)
+    with pytest.raises(CheckpointError, match=r"train.mean: \(0.30\d*,\) then, \(0.0,\) now"):
+        begin(replace(images[0], mean=(0.0,)), tmp_path)
+    begin(replace(images[0], mean=(images[0].mean[0] * (1 + 1e-9),)), tmp_path)
+
+
+def test_a_checkpoint_that_does_not_say_what_the_images_were_made_with_is_gone_on_from(tmp_path):
+    """With a word, as it cannot be told; the seed that it noted was heeded by images in memory alone."""
+    stream = stream_of(tmp_path / "images", seed=3)
+    with pytest.raises(Stop):
+        begin(stream, tmp_path / "c", stop=3)
+    state = checkpoints.newest(tmp_path / "c")
+    recipe = {name: each for name, each in state["recipe"].items() if name != "train"} | {"seed": 0, "augment": "crop"}
+    checkpoints.write(tmp_path / "c", state["step"], state | {"recipe": recipe})
+    with pytest.warns(UserWarning, match="did not note the training images' mean, std, seed, train: it cannot be t"):
+        begin(stream, tmp_path / "c")
 
 
 def test_defaults_that_are_written_out_are_the_same_run(images, whole, tmp_path):

@@ -13,6 +13,7 @@ from ..channels import Channels
 from ..controller import Controller
 from ..cost import Budget
 from ..datasets.images import Images
+from ..datasets.streams import Stream
 from ..state import keeping_modes
 from ..tailor import Tailor
 from ..tracing import trace
@@ -171,12 +172,13 @@ def fit(
     # the network comes first: where it differs, so do its costs and bounds
     recipe = {"shapes": channels.shapes, "model": type(model).__qualname__, **channels.cost()}
     recipe |= {"epochs": epochs, "steps": steps, "batch_size": len(first_batch), "images": _images(train)}
-    recipe |= {"processes": rank_and_world()[1]}
+    recipe |= {"train": _chosen(train), "processes": rank_and_world()[1]}
     recipe |= {"lr": of_optimizer["groups"][0].get("lr"), "optimizer": of_optimizer}
     recipe |= {"warmup": warmup, "restart": restart, "schedule": schedule}
-    recipe |= {"clip": clip, "ema": ema, "loss": loss, "metric": metric, **objective.described(), "augment": augment}
+    recipe |= {"clip": clip, "ema": ema, "loss": loss, "metric": metric, **objective.described()}
+    recipe |= {"augment": augment, "seed": seed} if isinstance(train, Images) else {}
     recipe |= {"mixing": mixing, "accumulate": accumulate, "sync_batch_norm": sync_batch_norm}
-    recipe |= {"precision": precision, "seed": seed, "bounds": {}}
+    recipe |= {"precision": precision, "bounds": {}}
     recipe |= {} if budget is None else {"bytes_at": budget.bytes_at(), "place": _place(budget, tailoring)}
     recipe |= {"prune": Tailor if budget is not None else prune, "units": channels.units}
     recipe |= {"prunable": int(channels.prunable.sum())} | ({} if budget is None else _options(tailoring))
@@ -291,6 +293,15 @@ def _images(train: Images | Iterable) -> int | None:
         if hasattr(images, "__len__"):
             return len(images)
     return None
+
+
+def _chosen(train: Images | Iterable) -> dict[str, Any]:
+    """Return what decides a run that ``train`` was made with; it is known of our own classes."""
+    if not isinstance(train, Images | Stream):
+        return {}
+    # rounded: a mean over the images may differ in its last digits, by the number of threads
+    chosen = {name: [round(float(each), 6) for each in getattr(train, name)] for name in ("mean", "std")}
+    return chosen | ({"seed": train.seed, "train": train.train} if isinstance(train, Stream) else {})
 
 
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:

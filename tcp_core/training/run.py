@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
@@ -305,8 +306,10 @@ _STATE = ("recipe", "step", "history", "frozen_at", "seconds", "epoch_random")
 
 def differing(saved: Mapping, recipe: Mapping) -> list[str]:
     """Return what of a run's recipe is not as in a checkpoint."""
-    then = saved.get("recipe", {})
-    return differences(then, {name: each for name, each in recipe.items() if name in then or name not in SAID_LATER})
+    later = (*SAID_LATER, "train")
+    # earlier versions took these two for batches that have their own, which did not heed them
+    then = {k: v for k, v in saved.get("recipe", {}).items() if k in recipe or k not in ("seed", "augment")}
+    return differences(then, {name: each for name, each in recipe.items() if name in then or name not in later})
 
 
 def check_resumable(checkpoints: str | Path, saved: Mapping | None, recipe: Mapping) -> None:
@@ -317,4 +320,10 @@ def check_resumable(checkpoints: str | Path, saved: Mapping | None, recipe: Mapp
         raise CheckpointError(
             f"{checkpoints} has checkpoints of another run: {'; '.join(found[:5])}{more}. Run it as it was begun "
             f"to go on with it, delete them to start anew, or choose another folder."
+        )
+    if saved is not None and "train" not in saved.get("recipe", {}) and recipe["train"]:
+        warnings.warn(
+            f"the checkpoint in {checkpoints} is of an earlier version, which did not note the training images' "
+            f"{', '.join(recipe['train'])}: it cannot be told whether they are as they were. See to it that they are.",
+            stacklevel=3,
         )
