@@ -546,3 +546,11 @@ def test_parts_of_several_sizes_are_refused_without_size(folder):
     save_images(folder / "val", size=(8, 9))
     with pytest.raises(ValueError, match=r"differ in height and width: .*\(8, 9\).* pass size"):
         sources.load(folder)
+
+
+def test_data_that_are_not_resized_take_no_size(tmp_path):
+    with pytest.raises(ValueError, match="size=16 given, .* digits has one size, so leave it out"):
+        sources.load("digits", size=16)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(ValueError, match="size=16 given, .* cifar10 has one size, so leave it out"):
+        sources.load(tmp_path, size=16)

@@ -50,10 +50,16 @@ def load(
     """The data set of that name ("digits", "cifar10"), or the one at that path: an image folder, or CIFAR-10.
 
     CIFAR-10 is recognised by the folder cifar-10-batches-py in it. root, download: for `cifar10`;
-    size, cache: for `image_folder`; mean, std: for all, those of the training images if None.
+    size, cache: for `image_folder` alone; mean, std: for all, those of the training images if None.
 
     Raises ValueError or FileNotFoundError, saying what to do, if there is no such data set.
     """
+    cifar = name_or_path == "cifar10" or (Path(name_or_path).expanduser() / "cifar-10-batches-py").is_dir()
+    if size is not None and (cifar or name_or_path == "digits"):
+        raise ValueError(
+            f"size={size} given, to which the images of a folder are resized; {'cifar10' if cifar else 'digits'} has "
+            f"one size, so leave it out."
+        )
     if name_or_path == "digits":
         return digits(mean=mean, std=std)
     if name_or_path == "cifar10":
@@ -62,7 +68,7 @@ def load(
                 "cifar10 needs root, the folder that holds (or with download=True will hold) cifar-10-batches-py"
             )
         return cifar10(root, download=download, mean=mean, std=std)
-    if (Path(name_or_path).expanduser() / "cifar-10-batches-py").is_dir():
+    if cifar:
         return cifar10(name_or_path, mean=mean, std=std)
     return image_folder(name_or_path, size=size, cache=cache, mean=mean, std=std)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -106,8 +107,8 @@ def _moved(value, device: torch.device):
 
 
 def check_own(images: Images | Iterable, batch_size: int | None, augment: str | None, seed: int | None) -> None:
-    """Raise ValueError if batches that are made already have another size, or seed, than the one that was asked for, or
-    if an augmentation was, which they have had.
+    """Raise ValueError if batches that are made already have another size, or seed, than the one that was asked for;
+    warn of a seed for what has none, and of an augmentation, which they have had: it does nothing.
     """
     if isinstance(images, Images):
         return
@@ -118,16 +119,22 @@ def check_own(images: Images | Iterable, batch_size: int | None, augment: str | 
             f"batch_size={batch_size}, or leave batch_size out here."
         )
     own = getattr(images, "seed", None)
-    if seed is not None and own != seed:
-        there = "seed it where it is built" if own is None else f"build it with seed={seed}"
+    if seed is not None and own not in (None, seed):
         raise ValueError(
-            f"seed={seed} given, but this {kind} has {'an order' if own is None else f'seed={own}'} of its own: "
-            f"{there}, or leave seed out here."
+            f"seed={seed} given, but this {kind} has seed={own}: build it with seed={seed}, or leave seed out here."
+        )
+    if seed is not None and own is None:
+        warnings.warn(
+            f"seed={seed} changes nothing: this {kind} has an order of its own; seed it where it is built.",
+            RuntimeWarning,
+            stacklevel=3,
         )
     if augment is not None:
-        raise ValueError(
-            f"augment={augment!r} given, which is for Images; this {kind} gives its images as they are trained on: "
-            f"leave augment out here."
+        warnings.warn(
+            f"augment={augment!r} changes nothing: it is for Images, and this {kind} gives its images as they are "
+            f"trained on.",
+            RuntimeWarning,
+            stacklevel=3,
         )
 
 
