@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -29,6 +28,7 @@ from .codes import compact, labels_in, varies
 from .counting import constant_macs
 from .liveness import Liveness
 from .routing import found_one, picks, with_a_row
+from .whole import WholeFunctions
 
 ALPHA = nn.AlphaDropout, nn.FeatureAlphaDropout
 """Dropouts that put another number than zero, also into closed channels: how they train shows that."""
@@ -420,22 +420,3 @@ def _of_a_rule(error: Exception) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == HERE]
     passing = ("run", "__torch_dispatch__", "__torch_function__")
     return next((frame.name for frame in reversed(frames[-1:]) if frame.name not in passing), "")
-
-
-class WholeFunctions(TorchFunctionMode):
-    """Functions that count as one operator, whatever they consist of."""
-
-    def __init__(self, ids: Identities) -> None:
-        super().__init__()
-        self.ids = ids
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, ids = kwargs or {}, self.ids
-        if ids.within or (rule := ids.rule_of_function(ids, getattr(func, "__name__", ""), args, kwargs)) is None:
-            return func(*args, **kwargs)
-        before = ids.arguments
-        ids.within, ids.arguments = rule, args
-        try:
-            return func(*args, **kwargs)
-        finally:
-            ids.within, ids.arguments = None, before
