@@ -121,12 +121,13 @@ def sizes(module: nn.Module, shape: Callable[[Tensor], torch.Size]) -> dict[str,
         return {} if sized is None else {"num_features": shape(sized)[0]}
     if weight is None:
         return {}
-    # Whole groups leave together, so channels per group stay: groups shrink in step with the grouped dimension.
+    # Whole groups leave together, so channels per group stay: groups shrink in step with the grouped dimension. The
+    # last one is an ordinary layer, of which another run leaves less than a group had.
     if isinstance(module, nn.GroupNorm):
         channels = shape(weight)[0]
         return {"num_groups": module.num_groups * channels // weight.shape[0], "num_channels": channels}
     if isinstance(module, nn.modules.conv._ConvNd):
-        groups = module.groups * shape(weight)[0] // weight.shape[0] if module.groups > 1 else 1
+        groups = max(1, module.groups * shape(weight)[0] // weight.shape[0])
         sides = shape(weight)[0], shape(weight)[1] * groups
         inside, outside = sides if module.transposed else sides[::-1]
         return {"groups": groups, "in_channels": inside, "out_channels": outside}

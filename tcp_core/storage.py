@@ -272,12 +272,15 @@ def _check_sizes(path: Path, name: str, module: nn.Module, own: Mapping[str, tup
     groups, outputs = 1, None
     weight = own_parameter(module, "weight")
     fits = True
-    if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
+    if isinstance(module, nn.modules.conv._ConvNd) and weight is None:
+        groups = module.groups  # its weight is computed, so nothing can be removed
+    elif isinstance(module, nn.modules.conv._ConvNd):
         shape, full = own["weight"], tuple(weight.shape)
         fits = shape[2:] == full[2:]
         if module.groups > 1:  # whole groups are removed, so what a group has stays
             groups, rest = divmod(module.groups * shape[0], full[0])
-            fits = fits and not rest and shape[1] == full[1]
+            if rest or shape[1] != full[1]:  # but in the last one, an ordinary layer to the run that came after
+                groups, fits = 1, fits and shape[0] <= full[0] // module.groups
         outputs = shape[1] * groups if module.transposed else shape[0]
     elif isinstance(module, nn.Linear) and weight is not None:
         outputs = own["weight"][0]

@@ -105,15 +105,17 @@ def test_round_trip(small, path, images):
     assert dense.layer2[0].shortcut.padding == dense_resnet().layer2[0].shortcut.padding
 
 
-@given(network=networks(), seed=st.integers(0, 9))
+@given(network=networks(), seed=st.integers(0, 9), runs=st.integers(1, 3))
 @settings(
     max_examples=15,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )
-def test_round_trips_of_random_networks(network, seed, tmp_path):
+def test_round_trips_of_random_networks(network, seed, runs, tmp_path):
     x = torch.randn(INPUT_SHAPE, dtype=torch.float64)
-    small = tailored(network, x, (seed + 1) / 10, seed)
+    small = network
+    for run in range(runs):
+        small = tailored(small, x, (seed + 1) / 10, seed + run)
     path = save(small, tmp_path / "random.safetensors")
     loaded = load(RandomNet(**network.arguments), path)
     assert_same(small, loaded, x)
@@ -150,6 +152,36 @@ def test_round_trips_of_special_layers(recipe, what, tmp_path):
     loaded = load(fresh, save(small, tmp_path / "special.safetensors"))
     assert_same(small, loaded, x)
     assert ties(small) == ties(loaded)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_last_group_that_a_later_run_made_smaller(layer, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        grouped = layer(16, 32, 3, padding=1, groups=4)
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), grouped, nn.ReLU(), nn.Conv2d(32, 4, 1))
+
+    small, x, widths = build(), torch.randn(2, 3, 8, 8), []
+    for _ in range(5):  # halves every family, as a ladder would
+        channels = trace(small, x)
+        open_units = torch.ones(channels.units, dtype=torch.bool)
+        for family in channels.families:
+            if channels.prunable[family.units].all():
+                open_units[family.units[(len(family.units) + 1) // 2 :]] = False
+        small = remove(small, channels, open_units)
+        grouped = small[2]
+        widths.append((grouped.in_channels, grouped.out_channels, grouped.groups))
+        assert_same(small, load(build(), save(small, tmp_path / "small.safetensors")), x)
+    assert widths == [(8, 16, 2), (4, 8, 1), (2, 4, 1), (1, 2, 1), (1, 1, 1)]
+
+
+def test_groups_of_a_layer_whose_weight_is_computed(tmp_path):
+    def build():
+        grouped = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3, groups=4))
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), grouped)
+
+    model, x = build(), torch.randn(2, 3, 8, 8)
+    assert_same(model, load(build(), save(model, tmp_path / "dense.safetensors")), x)
 
 
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
@@ -371,6 +403,23 @@ def narrow(tensors):
 def test_a_file_that_contradicts_itself(path, changes):
     with pytest.raises(FileError, match=r"small\.safetensors"):
         load(dense_resnet(), rewritten(path, **changes))
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (8, 3), (9, 4)])
+def test_shapes_that_no_groups_have(shape, tmp_path):
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=4, bias=False))
+
+    def cut(tensors):
+        tensors["2.weight"] = tensors["2.weight"][: shape[0], : shape[1]].clone()
+
+    def say(spec):
+        spec["shapes"]["2.weight"] = [*shape, 3, 3]
+        spec["attributes"].pop("2")
+
+    path = rewritten(save(build(), tmp_path / "a.safetensors"), change_tensors=cut, change_spec=say)
+    with pytest.raises(FileError, match="'2' do not go together"):
+        load(build(), path)
 
 
 def test_an_untouched_network_of_another_head_is_refused_too(tmp_path):
