@@ -16,6 +16,7 @@ from cases import searched, some_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import tcp_core as tcp
 from tcp_core import nets
@@ -277,8 +278,9 @@ def test_layers_with_gates_of_their_own_are_in_the_table():
     channels = tcp.trace(model, x)
     expected = place(of_layer_too).cost(model, channels)
     tailor = tailored(of_layer_too, {"latency": 0.5}, model=model, multiple=1)
-    names = [call.name for call in tables.layer_calls(model, (x[:1],), {})]
-    assert names == ["0", "3", "5", "9"] == [call.name for call in tables.layer_calls(normless(), (x[:1],), {})]
+    names = [call.weight for call in tables.layer_calls(model, (x[:1],), {})]
+    assert names == ["0.weight", "3.weight", "5.weight", "9.weight"]
+    assert names == [call.weight for call in tables.layer_calls(normless(), (x[:1],), {})]
     cost = tailor.controller.latency
     assert list(cost.grids.rows) == list(expected.grids.rows)
     price = cost.price({})["latency"]
@@ -287,6 +289,68 @@ def test_layers_with_gates_of_their_own_are_in_the_table():
     kept = tailor.report()["widths"]
     assert of_network(tailor.finish()) <= tailor.report()["bounds"]["latency"]
     assert max(kept["3"], kept["5"]) < 64  # the units of neither are free
+
+
+def by_macs(module, x):
+    """A made-up place without steps whose time is in proportion to macs."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(x)
+    return 1e-6 + counter.get_total_flops() / 2e6
+
+
+class Frames(nn.Module):
+    """Folds frames into the batch, and calls a layer on one sample's features without a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+        self.joined, self.last, self.alone = nn.Linear(32 * 6, 64), nn.Linear(64, 5), nn.Linear(16, 5)
+        self.token = nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        frames = self.second(self.first(x.flatten(0, 1)).relu()).relu().mean((2, 3))
+        return self.last(self.joined(frames.unflatten(0, x.shape[:2]).flatten(1)).relu()) + self.alone(self.token)
+
+
+class Tied(nn.Module):
+    """Layers that share one weight, which is also known as the network's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layers = nn.Linear(16, 64), nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
+        self.second, self.last = nn.Linear(64, 128), nn.Linear(128, 4)
+        self.shared = self.layers[0].weight
+        for layer in self.layers:
+            layer.weight = self.shared
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.last(self.second(x).relu())
+
+
+@pytest.mark.parametrize(("network", "shape"), [(Frames, (6, 3, 8, 8)), (Tied, (16,))])
+def test_all_rows_and_all_layers_of_a_shared_weight_are_timed(network, shape):
+    torch.manual_seed(0)
+    model, x, batch = network(), torch.randn(1, *shape), 3
+    channels = tcp.trace(model, x)
+    cost = place(by_macs, batch=batch).cost(model, channels)
+    calls = tables.layer_calls(model, (x,), {})
+    assert sum(map(places._macs, calls)) == channels.cost()["macs"]
+    layers, _ = cost.parts(torch.ones(channels.units))
+    assert layers == pytest.approx(1e-6 * len(calls) + batch * channels.cost()["macs"] / 1e6)
+    macs, price = channels.cost_model.price({})["macs"], cost.price({})["latency"]
+    for family in channels.families:
+        expected = batch * float(macs[family.units].sum()) / 1e6
+        assert float(price[family.units].sum()) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_table_tells_layers_of_other_rows_apart():
+    conv = nn.Conv2d(3, 16, 3)
+    one, more = (tables.LayerCall("0.weight", conv, (rows, 3, 8, 8)).key for rows in (1, 6))
+    assert one == f"{conv} at 8x8"  # as in tables of before, which have one row's time
+    assert more == f"{conv} at 8x8, 6 rows"
 
 
 def test_layers_that_can_be_narrowed_and_are_in_no_table_are_named():

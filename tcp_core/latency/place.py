@@ -262,10 +262,9 @@ class Latency:
 
 def _units(channels: Channels, call: LayerCall) -> tuple[Tensor, Tensor] | None:
     """Return the units of a layer's input and output channels (-1: fixed); None if it is no layer of the trace."""
-    weight = f"{call.name}.weight"
-    if all(layer.weight != weight for layer in channels.layers):
+    if all(layer.weight != call.weight for layer in channels.layers):
         return None
-    slots = channels.slots.get(weight, (None, None))
+    slots = channels.slots.get(call.weight, (None, None))
     outputs, inputs = (
         torch.full((width,), -1) if units is None else units
         for units, width in zip(slots[:2], call.widths[::-1], strict=True)
@@ -275,7 +274,7 @@ def _units(channels: Channels, call: LayerCall) -> tuple[Tensor, Tensor] | None:
 
 def _warn_of_untimed(channels: Channels, calls: Sequence[LayerCall]) -> None:
     """Warn of layers with units that may be removed and no row in the table."""
-    timed = {f"{call.name}.weight" for call in calls}
+    timed = {call.weight for call in calls}
     of_weight = {layer.weight: layer.name for layer in channels.layers if layer.weight not in timed}
 
     def may_narrow(weight: str) -> bool:
@@ -295,8 +294,7 @@ def _warn_of_untimed(channels: Channels, calls: Sequence[LayerCall]) -> None:
 
 def _macs(call: LayerCall) -> float:
     """Return the multiply-accumulates of a layer on one sample."""
-    outputs = math.prod(_output_shape(call)[1:])
-    return outputs * call.module.weight[0].numel()
+    return math.prod(_output_shape(call)) * call.module.weight[0].numel()
 
 
 def _output_shape(call: LayerCall) -> tuple[int, ...]:

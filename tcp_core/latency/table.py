@@ -19,6 +19,7 @@ from torch import nn
 
 from ..files import beside
 from ..gates import plain_class
+from ..removal import own_parameter
 from .clock import LatencyError
 
 STEPS = (32, 16, 8, 4)
@@ -33,9 +34,11 @@ TRIALS = 5
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a convolution or linear layer: its module's name, the module, and the shape of its input."""
+    """One call of a convolution or linear layer: the name of its weight, its module, and the shape of its input on one
+    sample, whose first dimension are rows: 1, or as many as the forward pass folds into the batch (frames, windows).
+    """
 
-    name: str
+    weight: str
     module: nn.Module
     shape: tuple[int, ...]
 
@@ -59,16 +62,17 @@ class LayerCall:
     def key(self) -> str:
         """What the time depends on, as text."""
         space = "x".join(map(str, self.shape[1:-1] if isinstance(self.module, nn.Linear) else self.shape[2:]))
-        return f"{self.module} at {space or 1}"
+        rows = f", {self.shape[0]} rows" if self.shape[0] > 1 else ""  # tables of before these have one row's alone
+        return f"{self.module} at {space or 1}{rows}"
 
     def job(self, inputs: int, outputs: int, batch: int) -> tuple[nn.Module, tuple[torch.Tensor]]:
-        """Return the layer with other widths, and an input for it, the same sample all over."""
+        """Return the layer with other widths, and an input of ``batch`` samples for it, the same row all over."""
         module, generator = self.module, torch.Generator().manual_seed(0)
         bias = module.bias is not None
 
         def batched(*shape: int) -> tuple[torch.Tensor]:
             x = torch.randn(1, *shape, generator=generator)  # random numbers for all would take longer than the layer
-            return (x.expand(batch, *shape).contiguous(),)
+            return (x.expand(batch * self.shape[0], *shape).contiguous(),)
 
         if isinstance(module, nn.Linear):
             return nn.Linear(inputs, outputs, bias).eval(), batched(*self.shape[1:-1], inputs)
@@ -86,12 +90,17 @@ def layer_calls(model: nn.Module, args: tuple, kwargs: dict) -> list[LayerCall]:
     """Return the calls of torch's own convolutions and linear layers, with gates of their own or without, in the order
     in which they run, on one sample.
     """
-    names = {module: name for name, module in model.named_modules()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}  # a shared one's first, as traced
     found: list[LayerCall] = []
 
     def note(module: nn.Module, inputs: tuple) -> None:
-        if plain_class(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) and module in names:
-            found.append(LayerCall(names[module], module, tuple(inputs[0].shape)))
+        if plain_class(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear):
+            return
+        weight = own_parameter(module, "weight")
+        if id(weight) in names:
+            shape = tuple(inputs[0].shape)
+            rows = (1,) if len(shape) < weight.ndim else ()  # called on a sample without a batch
+            found.append(LayerCall(names[id(weight)], module, rows + shape))
 
     hook = nn.modules.module.register_module_forward_pre_hook(note)
     modes = {module: module.training for module in model.modules()}
