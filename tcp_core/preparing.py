@@ -111,5 +111,5 @@ def width_options(model: nn.Module, channels: Channels, budget: Budget, multiple
         cost = None
     else:
         cost = None if latency is None else latency.cost(model, channels)
-    likes = LIKED if latency is None else latency.likes(cost)
+    likes = LIKED if latency is None else latency.likes(cost, (model, channels))
     return {"multiple": likes if auto else multiple, "latency": cost}

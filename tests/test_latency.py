@@ -667,6 +667,22 @@ def test_multiples_that_the_place_likes(latency):
     assert "latency" not in report["dense"]
 
 
+def test_a_callable_of_networks_is_asked_about_networks_alone():
+    asked = []
+
+    def clock(network):
+        asked.append(type(network))
+        network(torch.ones(1, 3, 8, 8))  # a bare convolution of 64 channels cannot be called so
+        return of_network(network, 16)
+
+    latency, model = place(clock), small_net(128, 256)
+    tailored(clock, {"macs": 0.5}, model=model)
+    assert {*asked} == {nn.Sequential}
+    assert latency.likes(None, (model, tcp.trace(model, torch.randn(2, 3, 8, 8)))) == (16, 8, 4, 1)
+    with pytest.raises(tcp.LatencyError, match=r"give likes\(place\.cost\(model, channels\)\)"):
+        latency.likes()
+
+
 def test_wide_networks_get_the_larger_multiple(resnet):
     _, channels = resnet
     assert Controller(channels, {"macs": 0.2}, steps=100, multiple=(8, 4, 1)).multiple == 4

@@ -135,17 +135,27 @@ class Latency:
         fitted = self._on_first(lambda: self._fitted(model, channels, calls))
         return self._by_macs(channels, calls, *fitted, measure)
 
-    def likes(self, cost: LatencyCost | None = None) -> tuple[int, ...]:
+    def likes(
+        self, cost: LatencyCost | None = None, traced: tuple[nn.Module, Channels] | None = None
+    ) -> tuple[int, ...]:
         """Return the multiples that widths should be, largest first: the steps measured here or those that most kernels
         like, whichever are larger, what divides them, and 1 for networks too small for them.
 
-        Without ``cost``, of a backend that times layers, from a common convolution.
+        Without ``cost``, the steps are those of a common convolution; of a callable that takes networks alone, those of
+        the model in ``traced``, which comes with its trace.
+
+        Raises:
+            LatencyError: if a measurement fails, or there is nothing that a callable could be asked about.
         """
-        if cost is None:
+        if cost is not None:
+            steps = cost.grids.steps
+        elif self.backend.times_layers:
             self.table = self._on_first(lambda: self._filled([]))
             steps = self.table.steps.values()
+        elif traced is None:
+            raise LatencyError("this callable takes networks alone: give likes(place.cost(model, channels)).")
         else:
-            steps = cost.grids.steps
+            steps = (self._on_first(lambda: self._step(*traced)),)
         return *(step for step in STEPS if 4 <= step <= max(*steps, *LIKED)), 1
 
     def _filled(self, calls: Sequence[LayerCall]) -> Table:
@@ -215,18 +225,22 @@ class Latency:
         widths rounded up to the steps, and traffic explain best what whole networks take.
         """
 
-        def ms(open_units: Tensor) -> float:
-            return self.networks(model, channels, [open_units])[0].ms
-
-        step = step_in({width: ms(open_units) for width, open_units in _narrowed(channels)} or {1: 1.0})
+        step = self._step(model, channels)
         steps = step, step
         trial = self._by_macs(channels, calls, 1.0, 1.0, steps)
         sets = list(_probes(channels))
-        found, features = np.array([ms(z) for z in sets]), np.array([[*trial.parts(z), 1.0] for z in sets])
+        found = np.array([self.networks(model, channels, [z])[0].ms for z in sets])
+        features = np.array([[*trial.parts(z), 1.0] for z in sets])
         size = features.max(0).clip(1e-30)
         weights, _ = nnls(features / size / found[:, None], np.ones(len(sets)))
         per_mac, per_byte, _ = weights / size
         return float(per_mac), float(per_byte), steps
+
+    def _step(self, model: nn.Module, channels: Channels) -> int:
+        """Return the step of the family that costs most, from networks in which it alone is narrower."""
+        sets = _narrowed(channels)
+        times = {width: self.networks(model, channels, [open_units])[0].ms for width, open_units in sets}
+        return step_in(times or {1: 1.0})
 
     def _by_macs(self, channels: Channels, calls, per_mac: float, per_byte: float, steps, measure=None) -> LatencyCost:
         tables = []
