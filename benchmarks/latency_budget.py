@@ -104,9 +104,8 @@ def measure(network: str, backend: str, batch: int, budget: str, options: argpar
     dense = torchvision.models.get_model(network) if size == 224 else nets.build(network, num_classes=10)
     channels = tcp.trace(dense, torch.randn(2, 3, size, size))
     table = options.tables / f"{network}-{backend}-{batch}.json"
-    place = tcp.Latency(
-        backend, batch=batch, device=options.device, table=table, seconds=options.seconds, noise=options.noise
-    )
+    device = "cpu" if backend == "onnxruntime" else options.device
+    place = tcp.Latency(backend, batch=batch, device=device, table=table, seconds=options.seconds, noise=options.noise)
     started = time.perf_counter()
     cost = place.cost(dense, channels)
     seconds = {"table": time.perf_counter() - started}

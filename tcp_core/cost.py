@@ -81,6 +81,18 @@ class Budget:
             raise BudgetError(f"budget precision={self.precision!r}; it must be one of {', '.join(PRECISIONS)}.")
         if isinstance(self.batch, bool) or not isinstance(self.batch, Integral) or self.batch < 1:
             raise BudgetError(f"budget batch={self.batch!r}; it must be an int of at least 1.")
+        given = ", ".join(self._bounds())
+        if self.precision is not None and self.memory is None and self.weights is None:
+            raise BudgetError(
+                f"budget precision={self.precision!r} says what memory and weights count numbers at, and there is no "
+                f"bound on either (only {given}): give one, or leave it out."
+            )
+        if self.batch != 1 and self.memory is None:
+            place = "; latency is measured at that of tcp.Latency(batch=)" if self.latency is not None else ""
+            raise BudgetError(
+                f"budget batch={self.batch!r} says for how many samples memory is counted, and there is no bound on "
+                f"memory (only {given}){place}: give one, or leave it out."
+            )
 
     @classmethod
     def of(cls, value: Budget | Mapping) -> Budget:

@@ -96,6 +96,10 @@ def test_what_bytes_and_times_mean(given, bounds):
         ({"memory": 0.5, "precision": "int3"}, "precision='int3'; it must be one of fp32, fp16, bf16, int8"),
         ({"memory": 0.5, "batch": 0}, "batch=0; it must be an int of at least 1"),
         ({"precision": "int8"}, "the budget is empty"),
+        ({"macs": 0.5, "precision": "int8"}, r"precision='int8' says .* no bound on either \(only macs\): give one"),
+        ({"macs": 0.5, "batch": 64}, r"batch=64 says .* no bound on memory \(only macs\): give one, or leave it out"),
+        ({"weights": 0.5, "batch": 64}, r"batch=64 says .* no bound on memory \(only weights\)"),
+        ({"latency": 0.5, "batch": 64}, r"no bound on memory \(only latency\); .* at that of tcp\.Latency\(batch=\)"),
     ],
 )
 def test_bytes_and_times_without_their_units_are_refused(given, message):

@@ -810,6 +810,21 @@ def test_options_that_make_no_sense():
         tailored(of_network, {"latency": 4})
 
 
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ("onnxruntime", {"device": "cuda"}, r"device='cuda' is where torch runs; for onnxruntime give provider="),
+        ("torch", {"provider": "CUDA"}, r"provider='CUDA' is of onnxruntime; for 'torch' give device="),
+        ("compile", {"provider": "CUDA"}, r"for 'compile' give device="),
+        (of_network, {"device": "cuda"}, r"device='cuda' came with a callable, .* leave it out"),
+        (of_layer_too, {"provider": "CUDA"}, r"provider='CUDA' came with a callable, .* leave it out"),
+    ],
+)
+def test_options_that_a_backend_does_not_have(backend, options, message):
+    with pytest.raises(ValueError, match=message):
+        tcp.Latency(backend, **options)
+
+
 def test_what_is_not_installed(monkeypatch):
     pytest.importorskip("onnxruntime")
     with pytest.raises(tcp.LatencyError, match=r"no provider 'Fancy' here; it has .*CPU"):

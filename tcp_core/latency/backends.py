@@ -203,20 +203,25 @@ class Asked:
 
 
 def backend_of(name: str | Callable, threads: int, device: str, provider: str):
-    """Return the backend of a name, or around a callable."""
-    if callable(name):
-        return Asked(name)
+    """Return the backend of a name, or around a callable; ValueError for options that it does not have."""
     made = {
         "torch": lambda: Torch(threads, device),
         "compile": lambda: Compiled(threads, device),
         "onnxruntime": lambda: OnnxRuntime(threads, provider),
     }
-    if name not in made:
+    if not callable(name) and name not in made:
         raise ValueError(
             f"backend={name!r}; it must be one of {', '.join(made)}, or a callable that takes a module and returns "
             f"milliseconds."
         )
-    return made[name]()
+    if callable(name) and (device != "cpu" or provider != "CPU"):
+        given = f"device={device!r}" if device != "cpu" else f"provider={provider!r}"
+        raise ValueError(f"{given} came with a callable, which runs networks where it likes: leave it out.")
+    if name == "onnxruntime" and device != "cpu":
+        raise ValueError(f"device={device!r} is where torch runs; for onnxruntime give provider=, such as 'CUDA'.")
+    if name in ("torch", "compile") and provider != "CPU":
+        raise ValueError(f"provider={provider!r} is of onnxruntime; for {name!r} give device=, such as 'cuda'.")
+    return Asked(name) if callable(name) else made[name]()
 
 
 def _onnx(module: nn.Module, inputs: tuple[Tensor, ...], *, any_batch: bool) -> bytes:
