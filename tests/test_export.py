@@ -81,6 +81,25 @@ def test_no_place_of_this_machine_is_written(tmp_path):
     assert b".py" not in path.read_bytes()
 
 
+def test_no_place_of_this_machine_is_written_in_branches(tmp_path):
+    class Condition(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.branch = nn.Linear(6, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = self.first(x)
+            return torch.cond(x.sum() > 0, lambda x: self.branch(x).sin(), lambda x: x.cos(), (x,))
+
+    path = export(Condition(), tmp_path / "condition.onnx", torch.randn(2, 6))
+    for what in (str(ROOT), Path(__file__).name, "torch.cond", "stack_trace"):
+        assert what.encode() not in path.read_bytes()
+    written = onnx.load(path)
+    inner = [a.g for node in written.graph.node for a in node.attribute if node.op_type == "If"]
+    shapes = [put.type.tensor_type.shape.dim for graph in inner for put in graph.output]
+    assert [[dim.dim_param or dim.dim_value for dim in shape] for shape in shapes] == [["batch", 8], ["batch", 8]]
+
+
 def operators(path):
     if path.suffix == ".onnx":
         return Counter(node.op_type for node in onnx.load(path).graph.node)
@@ -198,6 +217,36 @@ def test_several_inputs_and_outputs_by_name(tmp_path):
     assert [node.name for node in session.get_inputs()] == ["image", "scale", "counts"]
     assert [node.name for node in session.get_outputs()] == ["output_0", "output_1", "output_2"]
     assert {node.shape[0] for node in (*session.get_inputs(), *session.get_outputs())} == {"batch"}
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_inputs_that_are_handed_through(suffix, tmp_path):
+    class Through(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 2)
+
+        def forward(self, x, mask):
+            return {"y": self.linear(x), "mask": mask, "again": [mask, mask.detach()], "none": None}
+
+    model, inputs = Through(), (torch.randn(3, 6), torch.randn(3, 4))
+    path = export(model, tmp_path / f"through{suffix}", inputs)
+    expected = [model(*inputs)["y"], *[inputs[1]] * 3]
+    found = [x for x in run(path, *inputs) if x is not None]
+    torch.testing.assert_close(found, expected)
+    if suffix == ".onnx":
+        assert [node.name for node in onnx.load(path).graph.input] == ["x", "mask"]
+
+
+@pytest.mark.parametrize(("other", "said"), [(4, "4"), (0.5, "0.5"), (None, "a size")])
+def test_outputs_that_are_no_tensors(other, said, tmp_path):
+    class Numbered(nn.Module):
+        def forward(self, x):
+            return {"y": x * 2, "other": x.shape[0] if other is None else other}
+
+    assert export(Numbered(), tmp_path / "numbered.pt2", torch.randn(2, 6)).exists()
+    with pytest.raises(ExportError, match=f"tensors alone, and among the outputs is {said}: .* export to .pt2"):
+        export(Numbered(), tmp_path / "numbered.onnx", torch.randn(2, 6))
 
 
 def test_the_batch_can_be_fixed(tmp_path):

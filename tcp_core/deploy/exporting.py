@@ -7,12 +7,13 @@ import importlib.util
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
 from ..files import beside
@@ -73,6 +74,8 @@ def export(
             args, kwargs = _resized((args, kwargs), size, max(2, size) if dynamic else size)
             program = _exported(network, args, kwargs, dynamic)
             module, _ = folded(program)
+            if path.suffix == ".onnx":
+                _copy_inputs_among_outputs(module)
             program = _exported(module, args, kwargs, dynamic)
             call = _write_onnx(program, temporary) if path.suffix == ".onnx" else _write_archive(program, temporary)
             _compare(network, call, (args, kwargs), (1, 3, max(2, size)) if dynamic else (size,), tolerance, path)
@@ -149,6 +152,16 @@ def _exported(network: nn.Module, args: tuple, kwargs: dict, dynamic: bool) -> t
         ) from error
 
 
+def _copy_inputs_among_outputs(module: fx.GraphModule) -> None:
+    """Have inputs that are handed through copied: in ONNX no output is an input, so torch would rename the input."""
+    output = module.graph.output_node()
+    for given in output.all_input_nodes:
+        if given.op == "placeholder":
+            with module.graph.inserting_before(output):
+                output.replace_input_with(given, module.graph.call_function(torch.ops.aten.clone.default, (given,)))
+    module.recompile()
+
+
 def _first_lines(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if len(text) < 500 else f"{text[:500]} ..."
@@ -158,6 +171,13 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Callable[.
     import onnxruntime
 
     outputs = len(program.graph_signature.user_outputs)
+    for put in (spec.arg for spec in program.graph_signature.output_specs):
+        if not isinstance(put, TensorArgument) and getattr(put, "value", put) is not None:
+            what = repr(put.value) if hasattr(put, "value") else "a size"
+            raise ExportError(
+                f"ONNX files give tensors alone, and among the outputs is {what}: have forward return tensors only, or "
+                f"export to .pt2."
+            )
     names = ["output"] if outputs == 1 else [f"output_{index}" for index in range(outputs)]
     try:
         written = torch.onnx.export(program, (), dynamo=True, output_names=names, verbose=False)
@@ -187,15 +207,24 @@ def _tidied(written: Any, program: torch.export.ExportedProgram) -> Any:
     """Return the ONNX model without lines of source code and their places on this machine, and with the batch's size
     called that, not s77 or another of torch's symbols.
     """
-    graph = written.graph
-    for entry in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer, graph):
-        del entry.metadata_props[:]
-    for symbol in map(str, program.range_constraints):
-        for value in (*graph.input, *graph.output, *graph.value_info):
-            for dim in value.type.tensor_type.shape.dim:
-                if dim.dim_param:
+    for graph in (written.graph, *written.functions):
+        for inner in _with_branches(graph):
+            values = [*inner.value_info, *(put for put in (*inner.input, *inner.output) if not isinstance(put, str))]
+            for entry in (inner, *inner.node, *values, *getattr(inner, "initializer", ())):
+                del entry.metadata_props[:]
+            for symbol in map(str, program.range_constraints):
+                for dim in (dim for value in values for dim in value.type.tensor_type.shape.dim if dim.dim_param):
                     dim.dim_param = re.sub(rf"\b{symbol}\b", "batch", dim.dim_param)
     return written
+
+
+def _with_branches(graph: Any) -> Iterator[Any]:
+    """Return a graph, or a function, and the graphs in its nodes: branches of conditions, bodies of loops."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+                yield from _with_branches(inner)
 
 
 def _write_archive(program: torch.export.ExportedProgram, path: Path) -> Callable[..., Any]:
