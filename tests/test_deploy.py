@@ -161,6 +161,18 @@ def test_what_cannot_be_quantised_leaves_the_older_file(path, tmp_path):
     assert list(tmp_path.iterdir()) == [older]
 
 
+@pytest.mark.parametrize(("groups", "bias"), [(4, True), (4, False), (20, True)])
+def test_transposed_convolutions_in_groups_are_named_where_eight_bits_fail(groups, bias, tmp_path):
+    up = nn.ConvTranspose2d(20, 20, 3, groups=groups, bias=bias)
+    model, x = nn.Sequential(nn.Conv2d(3, 20, 3), nn.ReLU(), up, nn.Conv2d(20, 2, 1)), torch.randn(4, 3, 8, 8)
+    path, out = tcp.export(model, tmp_path / "up.onnx", x), tmp_path / "eight.onnx"
+    if groups == 4 and bias:
+        with pytest.raises(ExportError, match=r"no scales for the bias of .* in groups: build 2\.weight without"):
+            running.quantise(path, out, x)
+    else:
+        assert running.quantise(path, out, x).exists()
+
+
 # -------------------------------------------------------------------------------------------------
 # Where the time goes
 

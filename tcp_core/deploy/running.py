@@ -155,11 +155,31 @@ def quantise(
     except ExportError:
         raise
     except Exception as error:
-        raise ExportError(f"{path.name} cannot be quantised: {error}. Nothing was written.") from error
+        names = _grouped_transposed(path)
+        why = f" Onnxruntime has no scales for the bias of transposed convolutions in groups: build {names} without."
+        raise ExportError(
+            f"{path.name} cannot be quantised: {error}.{why if names else ''} Nothing was written."
+        ) from error
     finally:
         for temporary in (prepared, *written):
             temporary.unlink(missing_ok=True)
     return out
+
+
+def _grouped_transposed(path: Path) -> str:
+    """Return the weights' names of transposed convolutions in groups of several outputs that have a bias."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    shapes = {each.name: each.dims for each in graph.initializer}
+    return ", ".join(
+        node.input[1]
+        for node in graph.node
+        if node.op_type == "ConvTranspose"
+        and len(node.input) > 2
+        and any(each.name == "group" and each.i > 1 for each in node.attribute)
+        and shapes.get(node.input[1], (0, 0))[1] > 1
+    )
 
 
 @contextmanager
