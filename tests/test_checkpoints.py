@@ -458,6 +458,22 @@ def test_a_checkpoint_that_does_not_say_what_the_images_were_made_with_is_gone_o
         begin(stream, tmp_path / "c")
 
 
+def test_a_second_run_in_the_same_folder_ends_at_its_first_checkpoint(images, tmp_path):
+    """As in a sweep that forgot to vary the folder: each would delete the other's checkpoints."""
+
+    def beside(step, _):
+        if step == 1:  # while the folder is still empty
+            fit(network(), images[0], epochs=2, seed=1, checkpoints=tmp_path, verbose=False, on_step=first)
+
+    def first(step, _):
+        if step == 1:
+            fit(network(), images[0], epochs=1, seed=2, checkpoints=tmp_path, verbose=False)
+
+    with pytest.raises(CheckpointError, match=r"another run writes checkpoints to .* \(\d+\.ckpt is not of this one\)"):
+        fit(network(), images[0], epochs=1, checkpoints=tmp_path, verbose=False, on_step=beside)
+    assert len(checkpoints.names(tmp_path)) == 1  # that of the only run that had come to one
+
+
 def test_defaults_that_are_written_out_are_the_same_run(images, whole, tmp_path):
     with pytest.raises(Stop):
         run(images, tmp_path, stop=20)

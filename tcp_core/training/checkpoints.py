@@ -49,23 +49,36 @@ def prepare(folder: str | Path) -> None:
         ) from error
 
 
-def write(folder: str | Path, step: int, state: Mapping[str, Any]) -> Path:
+def names(folder: str | Path) -> set[str]:
+    """Return the names of the checkpoints in ``folder``."""
+    return {path.name for path in _found(Path(folder))}
+
+
+def write(folder: str | Path, step: int, state: Mapping[str, Any], known: set[str] | None = None) -> Path:
     """Write ``state`` (see :func:`plain`) as the checkpoint of ``step``, and delete all but the ``KEPT`` last.
 
     ``folder`` is one that :func:`prepare` has made. Files of later steps are left alone and do not count: a run writes
-    in rising order, so they are of a run that went back because they could not be read.
+    in rising order, so they are of a run that went back because they could not be read. ``known`` are the :func:`names`
+    that were there when the run began, to which its own are added: any other is of a run beside it.
 
     Raises:
-        CheckpointError: if the folder cannot be written to, the disk is full or the state holds what a checkpoint
-            cannot; older checkpoints are untouched.
+        CheckpointError: if the folder cannot be written to, the disk is full, the state holds what a checkpoint cannot,
+            or another run writes there; older checkpoints are untouched.
     """
     folder, state = Path(folder), plain(state)
     path = folder / f"{step:09d}.ckpt"
+    if known is not None and (others := names(folder) - known):
+        raise CheckpointError(
+            f"another run writes checkpoints to {folder} ({min(others)} is not of this one), and each would delete the "
+            f"other's. Give each run a folder of its own."
+        )
     try:
         write_file(path, state)
         for old in ([each for each in _found(folder) if _step(each) <= step][:-KEPT], _parts(folder)):
             for each in old:
                 each.unlink()
+        if known is not None:
+            known.add(path.name)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         left = ", ".join(old.name for old in _found(folder)) or "none"
         raise CheckpointError(

@@ -20,7 +20,7 @@ from ..tracing import trace
 from . import identity
 from .averaging import Average
 from .batches import by_epoch, channels_last, check_own, mixer
-from .checkpoints import newest
+from .checkpoints import names, newest
 from .evaluation import PRECISIONS, autocast, check_precision, device_of
 from .frames import printed, say
 from .objective import Objective, check_labels, check_teacher, in_full_precision, taught, teacher_of
@@ -184,6 +184,7 @@ def fit(
     recipe |= {"prunable": int(channels.prunable.sum())} | ({} if budget is None else _options(tailoring))
     recipe = identity.described(recipe)
     agree(recipe)
+    known = set() if checkpoints is None else names(checkpoints)
     saved = None if checkpoints is None else newest(checkpoints)
     agree({"checkpoint": saved and saved["step"]})  # not if each machine has a folder of its own
     pruned = _pruned(model, example, channels, steps, budget, prune, _as_of(saved, recipe, budget, tailoring))
@@ -203,7 +204,8 @@ def fit(
         **{"device": device, "length": length, "steps": steps, "objective": objective, "mix": mix},
         **{"accumulate": accumulate, "precision": precision, "clip": clip, "on_step": on_step},
         **{"average": None if ema is None else Average(trained, ema)},
-        **{"checkpoints": checkpoints, "checkpoint_every": checkpoint_every, "given": {"train": train, "val": val}},
+        **{"checkpoints": checkpoints, "checkpoint_every": checkpoint_every, "known": known},
+        **{"given": {"train": train, "val": val}},
     )
     first = rank_and_world()[0] == 0
     if saved:

@@ -87,6 +87,7 @@ class Run:
     on_step: Callable[[int, int], Any] | None = None
     checkpoints: str | Path | None = None
     checkpoint_every: int = 0
+    known: set[str] = field(default_factory=set)
     given: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
     history: list[dict] = field(default_factory=list)
@@ -142,7 +143,7 @@ class Run:
                 self.seconds += time.perf_counter() - started
                 state = self.state() | {"random": gathered(self.random_state())}
                 if rank == 0:
-                    write(self.checkpoints, self.step, state)
+                    write(self.checkpoints, self.step, state, self.known)
                 started = time.perf_counter()
         if taken == self.length:
             self.set_random_state(self.random[rank])
