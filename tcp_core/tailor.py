@@ -107,7 +107,8 @@ class Tailor(Gated):
         self.group: Any = None
         self.taken = 0  # calls of step(), after the network was made smaller too
         self.follows = False  # whether this is a copy in an average, whose gates are those of the run that carries it
-        self.checked = False  # whether the first step has found everything that holds the model fit to go on
+        self.checked = False  # whether a step has found everything that holds the model fit to go on
+        self.unchecked: Any = ()  # the weights' versions at a step that found no optimiser
         self.carried: list[tuple[Average, Average]] = []
         self.carry(*carry)
 
@@ -193,12 +194,13 @@ class Tailor(Gated):
                 "tailor(x), not model(x); and once per backward."
             )
         given = [optimizer for optimizer in optimizers if optimizer is not None]
-        if not self.checked:
+        if not self.checked and (now := versions(self.model)) != self.unchecked:
             found = holders(self.model, given)
-            # with none, one may still be made; an optimiser that forgets parameters will not remember them later
-            there = bool(found.optimizers) or self.taken > 1
+            # with none, one may still be made, until something else has trained the weights from a step to the next; an
+            # optimiser that forgets parameters will not remember them later
+            there = bool(found.optimizers) or self.unchecked != ()
             check_holders(self.model, self.channels, found, trained=shrink and there)
-            self.group, self.checked = self._group(found), there
+            self.group, self.checked, self.unchecked = self._group(found), there, now
         if not self.frozen:
             self._move_gates()
         if self.frozen and shrink:

@@ -281,8 +281,6 @@ def test_without_any_optimizer_the_network_is_not_made_smaller_in_a_run():
     model, tailor = made()
     with pytest.raises(RuntimeError, match="no optimiser is known that trains '0.weight' and 11 more parameters"):
         run(tailor)
-    assert tailor.controller.step_count == 1  # in the first one may still be made
-    run(tailor, shrink=False)
     assert sum(p.numel() for p in model.parameters()) == tailor.report()["dense"]["params"]
     assert tailor.finish() is model  # a run that is over needs none
     assert sum(p.numel() for p in model.parameters()) == tailor.report()["current"]["params"]
