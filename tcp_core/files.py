@@ -8,7 +8,9 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import torch
 
 
 @contextmanager
@@ -38,7 +40,21 @@ def beside(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-class Hashing:
+def save_hashed(value: Any, file: BinaryIO, kind: str) -> None:
+    """Write what torch.save makes of ``value`` to an empty file, behind :func:`first_line` of that kind."""
+    file.write(first_line(kind))
+    body = _Hashing(file)
+    torch.save(value, body)
+    file.seek(0)
+    file.write(first_line(kind, body.hash.hexdigest()))
+
+
+def first_line(kind: str, digest: str = "") -> bytes:
+    """Return the line that says what a file is and the SHA-256, in hexadecimal digits, of what follows."""
+    return f"{kind} sha256 {digest:0>64}\n".encode()
+
+
+class _Hashing:
     """A file to write to, and the SHA-256 of all that went there (``hash``)."""
 
     def __init__(self, file: BinaryIO) -> None:

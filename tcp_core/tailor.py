@@ -395,8 +395,8 @@ class Tailor(Gated):
         }
 
     def __getstate__(self) -> dict:
-        anew = {"carried": [], "follows": False, "checked": False, "group": None, "process_group": None}
-        return super().__getstate__() | anew
+        anew = {"carried": [], "follows": False, "checked": False, "unchecked": (), "group": None}
+        return super().__getstate__() | anew | {"process_group": None}
 
     def report(self) -> Report:
         """Return requested, current, floor and dense cost, utilisation, strength and widths, as a dict that prints."""

@@ -9,6 +9,8 @@ from test_operators import check
 from torch import nn
 
 import tcp_core as tcp
+from tcp_core import tracing
+from tcp_core.tracing import movement
 
 
 class Experts(nn.Module):
@@ -161,6 +163,15 @@ def test_weights_that_no_optimiser_trains_are_told_of_as_soon_as_they_change():
         tailor.step()
 
 
+def test_a_copy_of_a_tailor_begins_to_look_for_optimisers_anew():
+    tailor, x = tcp.Tailor(small(), torch.randn(8, 6), budget={"macs": 0.5}, steps=100), torch.randn(8, 6)
+    tailor(x).square().mean().backward()
+    tailor.step()
+    other = copy.deepcopy(tailor)
+    other(x).square().mean().backward()
+    other.step()  # one may still be made for it
+
+
 def test_a_network_is_plain_in_the_end_whoever_still_holds_a_former_tailor(tmp_path, recwarn):
     model, x = small(), torch.randn(8, 6)
     former = tcp.Tailor(model, x, budget={"macs": 0.7}, steps=100)
@@ -176,3 +187,23 @@ def test_a_network_is_plain_in_the_end_whoever_still_holds_a_former_tailor(tmp_p
     assert not [warning for warning in recwarn if "still being tailored" in str(warning.message)]
     del former
     assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose fault it is
+
+
+def test_an_error_of_the_trace_is_not_called_one_of_the_model(monkeypatch):
+    monkeypatch.setitem(tracing.RULES, "relu", movement.view)  # which looks for a shape among the arguments
+    with pytest.raises(RuntimeError, match=r"the trace itself failed, with IndexError in view: .* please report it"):
+        tcp.trace(small(), torch.randn(4, 6))
+
+
+def test_an_error_of_the_model_is_not_called_one_of_the_trace():
+    class Broken(nn.Module):
+        def forward(self, x):
+            return F.linear(x, torch.zeros(3, 5))
+
+    for model in (nn.Sequential(nn.Linear(6, 4), nn.Linear(5, 2)), nn.Sequential(nn.Linear(6, 4), Broken())):
+        with pytest.raises(ValueError, match=r"the model raised RuntimeError in train mode on the example"):
+            tcp.trace(model, torch.randn(4, 6))

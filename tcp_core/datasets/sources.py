@@ -20,12 +20,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..files import Hashing, beside
+from ..files import beside, first_line, save_hashed
 from .images import Images
 
 # Inputs of the published CIFAR-10 and ImageNet weights: load(..., **IMAGENET_STATISTICS)
 IMAGENET_STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 DECODING = 2  # raised when `_decode` changes, so that files cached before are made again
+KIND = "tcp_core images"
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -280,10 +281,10 @@ def rgb(image: Image.Image) -> Image.Image:
 def _from_cache(path: Path, fingerprint: str) -> dict | None:
     try:
         with path.open("rb") as file:
-            header = file.readline(len(_header("")))
+            header = file.readline(len(first_line(KIND)))
             if header.startswith(b"PK\3\4"):  # of an earlier version, which had no hash
                 return None
-            if header != _header(hashlib.file_digest(file, "sha256").hexdigest()):
+            if header != first_line(KIND, hashlib.file_digest(file, "sha256").hexdigest()):
                 raise ValueError("the file is not what was written")
             file.seek(len(header))
             stored = torch.load(file, weights_only=True)
@@ -299,21 +300,13 @@ def _from_cache(path: Path, fingerprint: str) -> dict | None:
 def _to_cache(path: Path, stored: dict) -> None:
     try:
         with beside(path) as part, part.open("wb") as file:
-            file.write(_header(""))
-            body = Hashing(file)
-            torch.save(stored, body)
-            file.seek(0)
-            file.write(_header(body.hash.hexdigest()))
+            save_hashed(stored, file, KIND)
     except (OSError, RuntimeError) as error:
         warnings.warn(
             f"could not keep the decoded images in {path.parent} ({error}); they will be decoded "
             "again next time. Pass a writable folder as cache, or set TCP_CACHE.",
             stacklevel=2,
         )
-
-
-def _header(digest: str) -> bytes:
-    return f"tcp_core images sha256 {digest:0>64}\n".encode()
 
 
 def _normalised(splits: Splits, mean: Sequence[float] | None, std: Sequence[float] | None) -> Splits:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import uuid
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..files import beside
 from .exporting import ExportError, require
 
 if TYPE_CHECKING:
@@ -133,14 +134,13 @@ def quantise(
             raise ExportError(f"{path.name} with eight bits gives outputs that are not finite. Nothing was written.")
         return sum(float(np.square(a - b).mean()) for a, b in zip(outputs, expected, strict=True))
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prepared, *written = (out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}") for _ in range(3))
     ranges = (False, True) if reduce_range is None else (reduce_range,)
     try:
         expected = outputs_of(path)
-        with _quiet():
+        with beside(out) as part, tempfile.TemporaryDirectory() as folder, _quiet():
+            prepared, *written = (Path(folder) / f"{number}.onnx" for number in range(1 + len(ranges)))
             quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
-            for each, reduced in zip(written, ranges, strict=False):
+            for each, reduced in zip(written, ranges, strict=True):
                 quantization.quantize_static(
                     str(prepared),
                     str(each),
@@ -151,7 +151,7 @@ def quantise(
                     activation_type=quantization.QuantType.QUInt8,
                     weight_type=quantization.QuantType.QInt8,
                 )
-        os.replace(min(written[: len(ranges)], key=distance), out)
+            shutil.copyfile(min(written, key=distance), part)
     except ExportError:
         raise
     except Exception as error:
@@ -160,9 +160,6 @@ def quantise(
         raise ExportError(
             f"{path.name} cannot be quantised: {error}.{why if names else ''} Nothing was written."
         ) from error
-    finally:
-        for temporary in (prepared, *written):
-            temporary.unlink(missing_ok=True)
     return out
 
 

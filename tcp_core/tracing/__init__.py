@@ -370,7 +370,7 @@ def _warn_of_routed(ids: Identities) -> None:
         warnings.warn(
             f"how many rows {', '.join(names[:3])}{' and others' * (len(names) > 3)} compute on depends on values, and "
             f"with it the macs: they are counted as on the example with the weights of now (at least one row each). A "
-            f"budget on macs holds for these rows; what one on params holds for does not change.",
+            f"budget on macs holds for these rows; one on params holds whatever the rows.",
             stacklevel=3,
         )
 

@@ -417,6 +417,5 @@ class Identities(TorchDispatchMode):
 
 def _of_a_rule(error: Exception) -> str:
     """Return which function of the trace raised an error; "" if it was the model, or an operator that it called."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == HERE]
-    passing = ("run", "__torch_dispatch__", "__torch_function__")
-    return next((frame.name for frame in reversed(frames[-1:]) if frame.name not in passing), "")
+    *_, name = (each.name for each in traceback.extract_tb(error.__traceback__) if Path(each.filename).parent == HERE)
+    return "" if name in ("run", "__torch_dispatch__", "__torch_function__") else name  # which call the model and torch

@@ -52,7 +52,7 @@ def picks(call: Call, fed: WeakTensorKeyDictionary, picked: WeakTensorKeyDiction
     fed: what depends on the inputs; picked: results of which this is known.
     """
     name = call.name.strip("_")
-    if name == "nonzero" or name in ("masked_select", "unique2", "unique_dim"):
+    if name in ("nonzero", "masked_select", "unique2", "unique_dim"):
         return call.args[0] in fed
     if name in PUT_BACK:
         return call.args[0] in picked

@@ -20,13 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import Hashing, beside
+from ..files import beside, first_line, save_hashed
 
 KEPT = 2
 """How many checkpoints stay: should the newest be damaged, there is one before it."""
 
 FORMAT = 2
 """1 had no hash, and neither the batch size nor the options of the pruning in its recipe."""
+
+KIND = f"tcp_core checkpoint {FORMAT}"
 
 
 class CheckpointError(RuntimeError):
@@ -91,11 +93,7 @@ def write(folder: str | Path, step: int, state: Mapping[str, Any], known: set[st
 def write_file(path: Path, state: Mapping[str, Any]) -> None:
     """Write ``state``, which :func:`plain` has made, to one file."""
     with beside(path) as part, part.open("wb") as file:
-        file.write(_header(""))
-        body = Hashing(file)
-        torch.save(state, body)
-        file.seek(0)
-        file.write(_header(body.hash.hexdigest()))
+        save_hashed(state, file, KIND)
         file.flush()
         os.fsync(file.fileno())
     _sync(path.parent)
@@ -201,15 +199,11 @@ def _text(value: str | os.PathLike) -> str:
     return "".join(text) if isinstance(text, str) else os.fsdecode(text)  # join: no subclass of str
 
 
-def _header(digest: str) -> bytes:
-    return f"tcp_core checkpoint {FORMAT} sha256 {digest:0>64}\n".encode()
-
-
 def _read(path: Path) -> dict[str, Any]:
     """Return the state in one file; raise _Damaged if it cannot be read."""
     try:
         with path.open("rb") as file:
-            line = file.readline(len(_header("")))
+            line = file.readline(len(first_line(KIND)))
             said = re.fullmatch(rb"tcp_core checkpoint (\d+) sha256 ([0-9a-f]{64})\n", line)
             if line.startswith(b"PK\3\4") or (said and int(said[1]) != FORMAT):
                 raise _Damaged(
