@@ -9,13 +9,15 @@ INSTALLED := .venv/.installed
 TORCH := $(shell grep -E '^torch(vision)?==' constraints.txt)
 MEASURED ?= build/benchmarks
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+# those whose cells are checked at every change; the others are with the medium tests
+FAST_NOTEBOOKS := $(addprefix notebooks/,00_tour.ipynb 10_run.ipynb)
 # of a declaration: runs at once, and what Snakemake is told (on a cluster: docs/experiments.md)
 CORES ?= all
 SNAKEMAKE ?= --cores $(CORES)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help study status estimate report test test-slow soak lint lab benchmark clean FORCE
+.PHONY: help study status estimate report test test-medium test-slow soak lint lab benchmark clean FORCE
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
@@ -54,10 +56,17 @@ absolute = $(if $(filter /%,$(firstword $(1))),$(1),$(CURDIR)/$(1))
 papermill = $(BIN)/papermill --kernel python3 --language python --cwd notebooks --no-progress-bar notebooks/$(1).ipynb build/notebooks/$(1).ipynb
 
 # one thread, so that the notebooks' checked outputs do not depend on the machine's cores
-test test-slow soak: export OMP_NUM_THREADS ?= 1
+test test-medium test-slow soak: export OMP_NUM_THREADS ?= 1
 
-test: $(INSTALLED) ## the fast tests and the notebooks' checked cells
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --nbval-lax --nbval-current-env tests $(NOTEBOOKS)
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+NBVAL := --nbval-lax --nbval-current-env
+
+test: $(INSTALLED) ## the fast tests and two notebooks' checked cells: three minutes on two cores
+	$(PYTEST) $(NBVAL) tests $(FAST_NOTEBOOKS)
+
+test-medium: $(INSTALLED) ## the tests that take seconds each (whole runs, checkpoints, exports) and the other notebooks; CI runs them too
+	$(PYTEST) -m "medium and not slow" tests
+	$(PYTEST) $(NBVAL) $(filter-out $(FAST_NOTEBOOKS),$(NOTEBOOKS))
 
 test-slow: $(INSTALLED) ## the tests that take longer (large networks, whole runs)
 	$(BIN)/python -m pytest -m slow tests

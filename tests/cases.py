@@ -1,4 +1,4 @@
-"""Which of many cases are in the fast set and which in the slow one."""
+"""Which of many cases are in the fast set, which in the medium and which in the slow one."""
 
 import itertools
 
@@ -6,15 +6,16 @@ import pytest
 from hypothesis import given, settings
 
 
-def some_of(*values, step):
-    """Return all combinations of the values; all but every `step`th are slow.
+def some_of(*values, step, medium=1):
+    """Return all combinations of the values: all but every `step`th are slow, others all but every `medium`th medium.
 
-    Where `step` has no divisor in common with the number of values, each value stays among the fast ones.
+    Where `step * medium` has no divisor in common with the number of values, each value stays among the fast ones.
     """
-    return [
-        pytest.param(*case, marks=[pytest.mark.slow] if number % step else [], id="-".join(map(str, case)))
-        for number, case in enumerate(itertools.product(*values))
-    ]
+    cases = []
+    for number, case in enumerate(itertools.product(*values)):
+        marks = [pytest.mark.slow] if number % step else [pytest.mark.medium] if number % (step * medium) else []
+        cases.append(pytest.param(*case, marks=marks, id="-".join(map(str, case))))
+    return cases
 
 
 def slow(*values):
@@ -23,10 +24,13 @@ def slow(*values):
 
 
 def searched(some, many, how=None, **strategies):
-    """Make a property a test with some examples and a slow one with many; `how`: other settings of hypothesis."""
+    """Make a property a test with a few examples, one with some and a slow one with many.
+
+    few: a fifth of some. how: other settings of hypothesis.
+    """
 
     def decorate(holds):
-        @pytest.mark.parametrize("examples", [some, *slow(many)])
+        @pytest.mark.parametrize("examples", [some // 5, pytest.param(some, marks=pytest.mark.medium), *slow(many)])
         def test(examples):
             settings(how or settings(), max_examples=examples)(given(**strategies)(holds))()
 

@@ -187,6 +187,7 @@ def check(network, loop):
     assert str(run.tailor.report()["widths"]) == str(whole.tailor.report()["widths"])
 
 
+@pytest.mark.medium
 @settings(SETTINGS, max_examples=4)
 @given(network=networks(odd=False), loop=loops())
 def test_a_sample_of_loops(network, loop):

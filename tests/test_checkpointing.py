@@ -124,6 +124,7 @@ def test_two_gated_networks_share_a_model():
     torch.testing.assert_close(gradients(gated.train(), x, y), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.medium
 def test_a_whole_run_is_that_without_checkpointing():
     found = []
     for how in ("plain", "one"):

@@ -91,6 +91,7 @@ def whole(images):
     return run(images)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("method", ["tailored", "taylor", "fixed_strength", *slow("dense", "slimming")])
 def test_a_stopped_run_ends_as_one_that_was_not(images, tmp_path, method):
     whole = run(images, method=method)
@@ -101,6 +102,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(images, tmp_path, method):
     assert len(list(tmp_path.iterdir())) == checkpoints.KEPT
 
 
+@pytest.mark.medium
 def test_a_checkpoint_with_one_number_of_images_for_loss_and_accuracy_is_gone_on_from(images, whole, tmp_path):
     with pytest.raises(Stop):
         run(images, tmp_path, stop=10)
@@ -138,6 +140,7 @@ class Following(torch.nn.Module):
         return loss
 
 
+@pytest.mark.medium
 def test_what_no_state_has_goes_on_too(images, tmp_path):
     """Buffers that are not persistent, and those of a loss and of a metric, which may be inside of a function."""
 
@@ -157,6 +160,7 @@ def test_what_no_state_has_goes_on_too(images, tmp_path):
     assert all(map(torch.equal, (*means, whole.model.mean), (*again, found.model.mean)))
 
 
+@pytest.mark.medium
 def test_a_checkpoint_without_buffers_beside_the_state_is_gone_on_from(images, whole, tmp_path):
     with pytest.raises(Stop):
         run(images, tmp_path, stop=10)
@@ -165,6 +169,7 @@ def test_a_checkpoint_without_buffers_beside_the_state_is_gone_on_from(images, w
     same(whole, run(images, tmp_path))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("every", [1, *slow(16, 0)])
 def test_any_interval_will_do(images, whole, tmp_path, every):
     for stop in (1, 17, 33):
@@ -174,6 +179,7 @@ def test_any_interval_will_do(images, whole, tmp_path, every):
     same(whole, run(images, tmp_path, every=every))  # a finished run is done at once
 
 
+@pytest.mark.medium
 def test_images_in_memory_go_on_too(images, tmp_path):
     def stop(row):
         if row["epoch"] == 3:
@@ -186,6 +192,7 @@ def test_images_in_memory_go_on_too(images, tmp_path):
     same(whole, fit(network(), *images, **options, checkpoints=tmp_path, checkpoint_every=5))
 
 
+@pytest.mark.medium
 def test_a_damaged_checkpoint_is_passed_over(images, whole, tmp_path):
     with pytest.raises(Stop):
         run(images, tmp_path, stop=40)
@@ -199,6 +206,7 @@ def test_a_damaged_checkpoint_is_passed_over(images, whole, tmp_path):
     same(whole, resumed)
 
 
+@pytest.mark.medium
 def test_numbers_of_numpy_are_written_as_python_s(images, tmp_path):
     """They were written, and then refused when they were read: the run started from zero."""
     options = {"lr": np.float64(0.05), "weight_decay": np.float32(5e-4), "accumulate": 1}
@@ -250,6 +258,7 @@ def flipped(path, random):
     path.write_bytes(content)
 
 
+@pytest.mark.medium
 def test_no_file_in_which_a_bit_has_changed_loads_as_good(tmp_path):
     model = network()
     state = {"model": model.state_dict(), "history": [{"loss": 0.5}], "text": "x" * 100}
@@ -288,6 +297,7 @@ def test_a_file_that_cannot_be_read_never_makes_a_new_one_vanish(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.medium
 def test_a_run_of_which_nothing_can_be_read_is_not_started_anew(images, tmp_path):
     with pytest.raises(Stop):
         run(images, tmp_path, stop=40)
@@ -305,6 +315,7 @@ def test_a_checkpoint_of_the_version_before_is_named_as_that(tmp_path):
         checkpoints.newest(tmp_path)
 
 
+@pytest.mark.medium
 def test_a_full_disk_leaves_the_last_good_checkpoint(images, whole, tmp_path, monkeypatch):
     with pytest.raises(Stop):
         run(images, tmp_path, stop=20)
@@ -343,6 +354,7 @@ def begun(images, tmp_path_factory):
     return folder
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("then", "now", "said"),
     [
@@ -381,11 +393,13 @@ def test_another_run_is_refused_with_what_differs(images, begun, then, now, said
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()} != {}
 
 
+@pytest.mark.medium
 def test_patterns_in_another_order_are_the_same_run(images, begun):
     folder = begun({"ignore": ["layer3.0.conv1", "layer1.0.conv1"]})
     run(images, folder, ignore=["layer1.0.conv1", "layer3.0.conv1", "layer1.0.conv1"])
 
 
+@pytest.mark.medium
 def test_batches_of_another_size_are_refused_also_with_as_many_steps(images, tmp_path):
     """Images in memory are counted by the batch, and half of them in half the batch are as many steps."""
     train, val = images
@@ -421,6 +435,7 @@ def begin(train, folder, stop=None, **options):
     return fit(model, train, **options)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("option", "said"),
     [
@@ -438,6 +453,7 @@ def test_another_stream_is_another_run(tmp_path, option, said):
     begin(stream, tmp_path / "c", seed=0)  # which says the same
 
 
+@pytest.mark.medium
 def test_images_normalised_otherwise_are_another_run(images, tmp_path):
     with pytest.raises(Stop):
         begin(images[0], tmp_path, stop=2)
@@ -446,6 +462,7 @@ def test_images_normalised_otherwise_are_another_run(images, tmp_path):
     begin(replace(images[0], mean=(images[0].mean[0] * (1 + 1e-9),)), tmp_path)
 
 
+@pytest.mark.medium
 def test_a_checkpoint_that_does_not_say_what_the_images_were_made_with_is_gone_on_from(tmp_path):
     """With a word, as it cannot be told; the seed that it noted was heeded by images in memory alone."""
     stream = stream_of(tmp_path / "images", seed=3)
@@ -458,6 +475,7 @@ def test_a_checkpoint_that_does_not_say_what_the_images_were_made_with_is_gone_o
         begin(stream, tmp_path / "c")
 
 
+@pytest.mark.medium
 def test_a_second_run_in_the_same_folder_ends_at_its_first_checkpoint(images, tmp_path):
     """As in a sweep that forgot to vary the folder: each would delete the other's checkpoints."""
 
@@ -474,6 +492,7 @@ def test_a_second_run_in_the_same_folder_ends_at_its_first_checkpoint(images, tm
     assert len(checkpoints.names(tmp_path)) == 1  # that of the only run that had come to one
 
 
+@pytest.mark.medium
 def test_defaults_that_are_written_out_are_the_same_run(images, whole, tmp_path):
     with pytest.raises(Stop):
         run(images, tmp_path, stop=20)
@@ -530,6 +549,7 @@ def check_killed(tmp_path, waits):
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), torch.load(tmp_path / "whole.pt"), rtol=0, atol=0)
 
 
+@pytest.mark.medium
 def test_a_killed_run_goes_on(tmp_path):
     check_killed(tmp_path, [0.6, 0.4])
 

@@ -81,7 +81,9 @@ def assert_filled(channels, open_units, bounds):
 # All of them
 
 
-@pytest.mark.parametrize(("method", "name", "budget"), some_of(METHODS, ["small_resnet", *RECIPES], BUDGETS, step=5))
+@pytest.mark.parametrize(
+    ("method", "name", "budget"), some_of(METHODS, ["small_resnet", *RECIPES], BUDGETS, step=5, medium=5)
+)
 def test_the_budget_is_met_and_used(method, name, budget):
     if method == "torch_pruning" and not HAS_PEER:
         pytest.skip("torch_pruning not installed")
@@ -121,6 +123,7 @@ def test_random_networks(network, method, draw):
     assert counted(comparator.finish(), x) == channels.cost(comparator.open_units)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("method", ALL)
 def test_one_seed_one_result(method):
     first, second = (pruned(method, "depthwise", {"macs": 0.5}, seed=3)[0] for _ in range(2))
@@ -136,7 +139,7 @@ def test_another_seed_another_network(method):
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("at", [0.0, 0.5])
+@pytest.mark.parametrize("at", [pytest.param(0.0, marks=pytest.mark.medium), 0.5])
 @pytest.mark.parametrize("method", ALL)
 def test_fit_trains_it(method, at):
     if (method, at) in (("fixed_strength", 0.0), ("small", 0.5)):
@@ -169,6 +172,7 @@ def test_min_width(method):
 # Each of them
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("macs", [0.7, 0.5, 0.3])
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2"])
 def test_uniform_keeps_equal_shares_of_the_largest_filters(name, macs):
@@ -202,6 +206,7 @@ def test_filters_are_measured_where_a_unit_is_an_output():
     assert comparator.open_units[second.out_units].tolist() == [True, False, True, False, False, False]
 
 
+@pytest.mark.medium
 def test_taylor_is_the_squared_gradient_of_a_gate_per_cost():
     network, x, y = built("depthwise")
     channels = trace(network, x)
@@ -234,6 +239,7 @@ def test_taylor_is_the_squared_gradient_of_a_gate_per_cost():
     torch.testing.assert_close(found, importance / price, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.medium
 def test_taylor_leaves_no_trace():
     network, x, y = built("small_resnet")
     channels = trace(network, x)
@@ -340,6 +346,7 @@ def test_small_needs_modules_that_can_start_anew():
         start_anew(network, 0)
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not HAS_PEER, reason="torch_pruning is not installed")
 @pytest.mark.parametrize("name", ["small_resnet", *RECIPES])
 def test_torch_pruning_is_what_its_own_pruner_makes(name, monkeypatch):

@@ -24,6 +24,7 @@ def done():
         table.update(before)
 
 
+@pytest.mark.medium
 def test_the_comparator_meets_the_budget(done):
     report = done["result"].report
     assert 0.9 < report["utilisation"]["macs"] <= 1
@@ -36,12 +37,14 @@ def test_every_comparator_has_what_the_recipe_says():
         assert name in study_plots.LOOK, f"{name} has no colour and marker in study_plots.LOOK"
 
 
+@pytest.mark.medium
 def test_the_network_can_be_tailored(done):
     images = done["images"]
     tailor = tcp.Tailor(nets.build("tiny", num_classes=10, in_channels=1), images, budget={"macs": 0.5}, steps=1000)
     assert tailor.channels.prunable.sum() == 24
 
 
+@pytest.mark.medium
 def test_without_the_rule_the_operator_freezes_what_enters_it(done, monkeypatch):
     network, images = done["network"], done["images"]
     with_rule = trace(network, images)
@@ -52,6 +55,7 @@ def test_without_the_rule_the_operator_freezes_what_enters_it(done, monkeypatch)
     assert without.prunable.sum() == 0
 
 
+@pytest.mark.medium
 def test_the_cost_is_filled_to_the_last_unit(done):
     cost, channels, score = done["Widths"](done["channels"]), done["channels"], done["score"]
     dense = cost.exact()["widths"]

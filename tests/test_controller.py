@@ -98,6 +98,7 @@ def assert_allowed(channels, open_units, min_width):
 # The losing set
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("name", "min_width"), some_of(sorted(RECIPES), [1, 2, 3], step=2))
 def test_the_floor_is_the_cheapest_allowed_network(name, min_width):
     channels = traced(name)
@@ -214,6 +215,7 @@ def resnet20():
     return trace(nets.build("resnet20", num_classes=10), torch.randn(2, 3, 32, 32))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("share", [0.7, 0.5, 0.3, 0.15])
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_coarse_units_use_the_budget_too(resnet20, share, multiple):
@@ -507,6 +509,7 @@ def test_the_more_a_network_is_trained_the_earlier_it_gets_smaller():
     assert (asked.start, asked.end) == (300, 400)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("maturity", "steps"), [(1.0, 5000), (1.0, 400), (0.0, 5000)])
 def test_what_a_trained_network_says_of_its_units_is_kept(maturity, steps):
     """The dense network and the one that gets smaller say the opposite of each other."""
@@ -521,6 +524,7 @@ def test_what_a_trained_network_says_of_its_units_is_kept(maturity, steps):
     assert first if maturity == 1 and steps == 5000 else not first  # 100 steps of 5000, but 8 of 400: too few to go by
 
 
+@pytest.mark.medium
 def test_what_the_dense_network_finds_level_is_decided_by_what_is_measured_later():
     channels = single_family()
     controller = Controller(channels, {"macs": 0.5}, steps=10_000, maturity=1.0)

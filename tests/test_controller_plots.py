@@ -49,6 +49,7 @@ def boxes(fig):
     return {text: text.get_window_extent() for text in drawn if re.search("[^0-9.]", text.get_text())}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_texts_do_not_overlap_and_nothing_is_left_open(draw, case):
@@ -60,6 +61,7 @@ def test_texts_do_not_overlap_and_nothing_is_left_open(draw, case):
     assert plt.get_fignums() == []
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("layers", [8, 57, 110])
 def test_names_of_layers_do_not_touch(layers):
     fig = cp.widths_by_budget_figure({0.5: widths(layers)})

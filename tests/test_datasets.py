@@ -127,6 +127,7 @@ def crop_one(pixels, top, left, flip, padding):
     return cut[:, :, ::-1] if flip else cut
 
 
+@pytest.mark.medium
 @given(st.data(), st.integers(1, 4), st.integers(1, 7), st.integers(1, 7), st.integers(0, 3))
 def test_crop_and_flip_equals_one_image_at_a_time(draw, channels, height, width, padding):
     images = some_images(5, channels, height, width)

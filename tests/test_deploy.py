@@ -81,6 +81,7 @@ def batches(network, count=3, wrong=1):
         yield x, y
 
 
+@pytest.mark.medium
 def test_accuracy_is_that_of_the_file(network, path):
     assert running.accuracy(path, batches(network, wrong=1)) == pytest.approx(0.9)
     with pytest.raises(ValueError, match="no images"):
@@ -127,6 +128,7 @@ def test_eight_bits_that_overflow_on_this_cpu_are_not_kept(network, path, tmp_pa
     assert onnx.load(kept) in (onnx.load(full), onnx.load(reduced))
 
 
+@pytest.mark.medium
 def test_networks_of_two_inputs_are_named(tmp_path):
     class Two(nn.Module):
         def __init__(self):
@@ -161,6 +163,7 @@ def test_what_cannot_be_quantised_leaves_the_older_file(path, tmp_path):
     assert list(tmp_path.iterdir()) == [older]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("groups", "bias"), [(4, True), (4, False), (20, True)])
 def test_transposed_convolutions_in_groups_are_named_where_eight_bits_fail(groups, bias, tmp_path):
     up = nn.ConvTranspose2d(20, 20, 3, groups=groups, bias=bias)
@@ -204,6 +207,7 @@ class Sums(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.medium
 def test_layers_that_are_fused_or_used_twice_are_told_apart(tmp_path):
     path = tcp.export(Sums(), tmp_path / "sums.onnx", torch.randn(2, 3, 16, 16))
     table = profiling.layer_times(path, torch.randn(8, 3, 16, 16), runs=9).set_index("name")

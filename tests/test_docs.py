@@ -79,6 +79,7 @@ def test_the_method_states_the_defaults_of_the_controller():
         assert tuple(map(float, said.split(","))) == value, name
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("name", "widths"),  # those of the report that the first two print
     [("README.md", (16, 32, 64)), ("docs/loop.md", (16, 32, 64)), ("docs/training.md", (8, 8, 8))],
@@ -118,6 +119,7 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.medium
 def test_the_readme_has_the_results_at_a_glance():
     study = tables.study(ROOT / "results" / "runs", tables.run_defaults(ROOT / "notebooks" / "10_run.ipynb"))
     text = read("README.md")

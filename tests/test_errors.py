@@ -99,6 +99,7 @@ def test_an_empty_budget():
         Budget()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("min_width", [1, 3])
 @pytest.mark.parametrize("kind", ["macs", "params"])
 def test_the_lowest_feasible_budget_is_named_and_accepted(x, kind, min_width):
@@ -186,6 +187,7 @@ def test_examples_that_do_not_fit(model, example, message):
         Tailor(model, example, budget={"macs": 0.5}, steps=STEPS)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (2, 1, 8, 8), (64, 1, 8, 8)])
 def test_examples_that_do_fit(model, shape):
     x = torch.randn(shape)
@@ -216,6 +218,7 @@ def test_all_parameters_frozen(model, x):
         Tailor(frozen, x, budget={"macs": 0.5}, steps=STEPS)
 
 
+@pytest.mark.medium
 def test_partly_frozen_networks_are_tailored_and_stay_so(x):
     model = nets.small_resnet(widths=(8, 12, 16))
     for name, parameter in model.named_parameters():
@@ -259,6 +262,7 @@ def test_a_pattern_that_matches_nothing(model, x, pattern):
 # Options of the run
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("maturity", "share", "least"), [(None, 30, 40), (0.0, 30, 40), (1.0, 13, 93)])
 def test_too_few_steps(model, x, maturity, share, least):
     message = rf"is too short: .* {share}% of the run and needs 12.* at least {least}"
@@ -363,6 +367,7 @@ def test_finish_before_the_freeze(x):
     assert sum(p.numel() for p in tailor.model.parameters()) == tailor.report()["dense"]["params"]
 
 
+@pytest.mark.medium
 def test_step_after_the_end_is_allowed(x):
     tailor = train(Tailor(nets.small_resnet(widths=(8, 12, 16)), x, budget={"macs": 0.5}, steps=STEPS), x)
     tailor.step()
@@ -443,6 +448,7 @@ def test_an_unknown_precision(model, batches, precision):
         evaluate(model, batches, precision=precision)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kernels", [False, True])
 def test_a_cpu_without_kernels_for_bf16_is_warned_of(model, batches, kernels, monkeypatch):
     monkeypatch.setattr("tcp_core.training.evaluation.has_bf16_kernels", lambda device: kernels)
@@ -464,6 +470,7 @@ def test_epochs_that_are_no_number_of_epochs(model, batches, epochs):
         fit(model, batches, budget=None, epochs=epochs)
 
 
+@pytest.mark.medium
 def test_a_batch_larger_than_the_data(model):
     images = sources.digits().val
     with pytest.raises(ValueError, match=r"batch_size=181 is larger than the 180 training images; give a smaller one"):

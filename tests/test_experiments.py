@@ -138,6 +138,7 @@ def test_networks_of_others_are_declared_by_name(project, tmp_path, monkeypatch)
     monkeypatch.delitem(sys.modules, "own_nets", raising=False)
 
 
+@pytest.mark.medium
 def test_a_kernel_finds_what_its_parents_folder_has(project, tmp_path):
     lines = ("def net(**options):", "    from tcp_core import nets", "    return nets.small_resnet(**options)")
     (tmp_path / "own_nets.py").write_text("\n".join(lines))  # imports nothing where the network is not made
@@ -228,6 +229,7 @@ def test_keys_folders_and_parameters(project):
     }
 
 
+@pytest.mark.medium
 def test_a_run_may_have_the_widths_of_another(project):
     text = "a: {grid: {macs: [0.5, 0.4]}}, "
     text += "b: {fixed: {method: small, widths_of: 'run:a/macs{macs}'}, grid: {macs: [0.5, 0.4]}}"
@@ -451,6 +453,7 @@ def image_folder(folder, size=(32, 32)):
     return folder
 
 
+@pytest.mark.medium
 def test_folders_of_images(project, tmp_path):
     path = project(declared("a: {grid: {macs: [0.5]}}", data="pictures", fixed="{network: vgg16_bn}"))
     found = read(path, places=False)
@@ -467,6 +470,7 @@ def test_folders_of_images(project, tmp_path):
     assert "leave it out" in problems(project(), data=folder)[0]
 
 
+@pytest.mark.medium
 def test_class_folders_may_be_links(project, tmp_path):
     path = project(declared("a: {grid: {macs: [0.5]}}", data="pictures", fixed="{network: vgg16_bn}"))
     whole, part = image_folder(tmp_path / "whole"), tmp_path / "pictures"
@@ -505,6 +509,7 @@ def imagenet_folder(folder, train=1000, val=1000):
     return folder
 
 
+@pytest.mark.medium
 def test_imagenet(project, tmp_path, monkeypatch):
     monkeypatch.delenv("IMAGENET_ROOT", raising=False)
     path = project(declared(data="imagenet", fixed="{workers: 4, size: 64, network: imagenet_resnet18}"))
@@ -527,6 +532,7 @@ def test_imagenet(project, tmp_path, monkeypatch):
     assert "there are 3 folders in train/ and 0 folders in val/" in wrong
 
 
+@pytest.mark.medium
 def test_published_weights(project, tmp_path):
     text = declared(
         "a: {grid: {macs: [0.5], weights: published}}", data="pictures", fixed="{network: imagenet_resnet18}"
@@ -674,6 +680,7 @@ def test_estimate(project, capsys, monkeypatch):
         experiments.main(["estimate", str(project(declared(data="pictures")))])
 
 
+@pytest.mark.medium
 def test_a_measured_step():
     before = torch.get_num_threads()
     speed = estimate.images_per_second(
@@ -695,6 +702,7 @@ def run(path, name, *options):
     return subprocess.run(command(path, name, *options), capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore")  # of the kernel's client
 def test_a_place_with_braces(project, tmp_path):
     path = project(declared())

@@ -221,6 +221,7 @@ def test_ignore_beside_a_trace_is_refused_unless_it_is_the_traces_own():
         Tailor(net, X, budget={"macs": 0.9}, steps=STEPS, channels=channels, ignore=ignore)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["convnext_tiny", "googlenet"])
 def test_large_networks_are_explained(name):
     options = {"init_weights": False} if name == "googlenet" else {}

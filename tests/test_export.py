@@ -75,12 +75,14 @@ def check(model, path, shape, batches=(1, 5)):
         assert_same(path, model, torch.randn(batch, *shape))
 
 
+@pytest.mark.medium
 def test_no_place_of_this_machine_is_written(tmp_path):
     path = export(small(), tmp_path / "small.onnx", torch.randn(1, 1, 8, 8))
     assert str(ROOT).encode() not in path.read_bytes()
     assert b".py" not in path.read_bytes()
 
 
+@pytest.mark.medium
 def test_no_place_of_this_machine_is_written_in_branches(tmp_path):
     class Condition(nn.Module):
         def __init__(self):
@@ -114,6 +116,7 @@ def norms(path):
 # The file computes what the network computes
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_a_tailored_network(suffix, tmp_path):
     model = small()
@@ -151,12 +154,14 @@ class Branches(nn.Module):
         return self.flat(self.drop(self.hidden(x)))
 
 
+@pytest.mark.medium
 def test_a_batch_norm_that_another_reads_beside_is_left(tmp_path):
     path = tmp_path / "branches.pt2"
     check(lively(Branches()), path, (3, 8, 8))
     assert norms(path) == 2  # the stem's convolution feeds two, the other norm follows a concatenation
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("groups", [1, 2])
 def test_transposed_convolutions_in_groups(groups, tmp_path):
     model = nn.Sequential(nn.ConvTranspose2d(4, 8, 3, groups=groups), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
@@ -164,6 +169,7 @@ def test_transposed_convolutions_in_groups(groups, tmp_path):
     assert norms(tmp_path / "up.pt2") == (groups > 1)
 
 
+@pytest.mark.medium
 def test_a_convolution_used_twice_with_two_norms(tmp_path):
     class Twice(nn.Module):
         def __init__(self):
@@ -182,6 +188,7 @@ def test_a_convolution_used_twice_with_two_norms(tmp_path):
     assert sum(value.numel() for value in program.state_dict.values()) == 3 * (4 * 4 * 9 + 4)  # nothing is there idle
 
 
+@pytest.mark.medium
 def test_a_norm_over_tokens_and_one_without_statistics_stay(tmp_path):
     class Odd(nn.Module):
         def __init__(self):
@@ -201,6 +208,7 @@ def lively_but_plain(model):
     return model
 
 
+@pytest.mark.medium
 def test_several_inputs_and_outputs_by_name(tmp_path):
     class Two(nn.Module):
         def __init__(self):
@@ -219,6 +227,7 @@ def test_several_inputs_and_outputs_by_name(tmp_path):
     assert {node.shape[0] for node in (*session.get_inputs(), *session.get_outputs())} == {"batch"}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_inputs_that_are_handed_through(suffix, tmp_path):
     class Through(nn.Module):
@@ -260,6 +269,7 @@ def test_the_batch_can_be_fixed(tmp_path):
     assert_same(export(Written(), tmp_path / "fixed.pt2", x, dynamic=False), Written(), torch.randn(2, 3, 4))
 
 
+@pytest.mark.medium
 @given(network=networks())
 @settings(SEARCHED, max_examples=3)
 def test_random_networks(network, tmp_path):
@@ -323,6 +333,7 @@ def test_networks_of_papers(name, tmp_path):
 # What was there stays
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("train", [True, False])
 def test_the_network_is_untouched(train, tmp_path):
     model = small().train(train)
@@ -341,12 +352,14 @@ def test_the_network_is_untouched(train, tmp_path):
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
+@pytest.mark.medium
 def test_wrapped_networks_are_unwrapped(tmp_path):
     model = small()
     compiled = torch.compile(model)
     assert_same(export(compiled, tmp_path / "a.pt2", torch.randn(1, 1, 8, 8)), model, torch.randn(3, 1, 8, 8))
 
 
+@pytest.mark.medium
 def test_the_example_may_be_half_or_double_as_traced(tmp_path):
     model = small()
     path = export(model, tmp_path / "a.pt2", torch.randn(1, 1, 8, 8, dtype=torch.float64))
@@ -369,6 +382,7 @@ def assert_left(path):
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.medium
 def test_outputs_that_differ_are_refused(older, monkeypatch):
     def wrong(program):
         module, left = original(program)
@@ -383,6 +397,7 @@ def test_outputs_that_differ_are_refused(older, monkeypatch):
     assert_left(older)
 
 
+@pytest.mark.medium
 def test_what_does_not_fit_all_batches_is_refused(older, monkeypatch):
     monkeypatch.setattr(exporting, "_write_archive", lambda program, path: lambda x: [torch.zeros(2, 10)])
     with pytest.raises(ExportError, match="would give outputs of shapes"):
@@ -410,6 +425,7 @@ def test_control_flow_on_values_is_refused(older):
     assert_left(older)
 
 
+@pytest.mark.medium
 def test_what_onnx_has_no_word_for_is_refused(tmp_path):
     class Odd(nn.Module):
         def forward(self, x):

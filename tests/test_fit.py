@@ -50,6 +50,7 @@ def same(first, second):
 # Tailored
 
 
+@pytest.mark.medium
 def test_a_tailored_run_and_its_tables(images):
     rows = []
     result = run(images, budget={"macs": 0.5, "params": 0.6}, on_epoch=rows.append)
@@ -96,6 +97,7 @@ def test_a_tailored_run_and_its_tables(images):
         assert widths[name].tolist() == [len(model.get_submodule(layer).weight) for layer in widths["layer"]]
 
 
+@pytest.mark.medium
 def test_the_tables_can_be_stored_as_a_run(images, tmp_path):
     result = run(images, budget={"macs": 0.5})
     out = results.start_run(tmp_path / "run", {"seed": 0})
@@ -106,6 +108,7 @@ def test_the_tables_can_be_stored_as_a_run(images, tmp_path):
         pd.testing.assert_frame_equal(pd.read_csv(out / f"{name}.csv"), table, check_dtype=False)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("budget", [{"macs": 0.5}, *slow(None)])
 def test_the_seed_decides_the_run(images, budget):
     first, again, other = (run(images, budget=budget, seed=seed) for seed in (1, 1, 2))
@@ -115,6 +118,7 @@ def test_the_seed_decides_the_run(images, budget):
     assert first.history["train_loss"].tolist() != other.history["train_loss"].tolist()
 
 
+@pytest.mark.medium
 def test_batches_may_come_from_a_loader_or_a_list(images):
     train, val = images
     batches = list(train.batches(BATCH))
@@ -128,6 +132,7 @@ def test_batches_may_come_from_a_loader_or_a_list(images):
         assert found[0].history[column].tolist() == pytest.approx(found[1].history[column].tolist(), rel=1e-5)
 
 
+@pytest.mark.medium
 def test_options_reach_the_tailor(images):
     result = run(images, budget={"macs": 0.6}, ignore="layer2.*", min_width=3, phase=(0.1, 0.6), lookahead=0.5)
     widths = result.widths.set_index("layer")
@@ -136,6 +141,7 @@ def test_options_reach_the_tailor(images):
     assert 0.5 * 96 < result.frozen_at_step <= 0.6 * 96 + 2
 
 
+@pytest.mark.medium
 def test_widths_in_multiples(images):
     result = run(images, budget={"macs": 0.5}, multiple=4)
     assert (result.widths["tailored"] % 4 == 0)[result.widths["layer"] != "linear"].all()
@@ -146,6 +152,7 @@ def test_widths_in_multiples(images):
         run(images, budget={"macs": 0.5}, multiple=0)
 
 
+@pytest.mark.medium
 def test_the_learning_rate_starts_anew_where_it_is_told_to(images):
     rates = run(images, budget=None, lr=0.1, warmup=0.0, restart=0.5).history["lr"].tolist()
     assert rates[2] == 0.1  # of the next step, with which the second schedule starts
@@ -222,6 +229,7 @@ def test_the_learning_rate_rises_and_falls_to_zero():
     assert warmup_cosine(0, 200, 0) == 1
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("budget", [{"macs": 0.5}, *slow(None)])
 def test_half_precision_autocast_trains_in_full_precision_parameters(images, budget):
     result = run(images, budget=budget, precision="bf16")
@@ -232,6 +240,7 @@ def test_half_precision_autocast_trains_in_full_precision_parameters(images, bud
     assert result.history["train_loss"].tolist() == pytest.approx(plain.history["train_loss"].tolist(), rel=0.2)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("budget", [None, {"macs": 0.5}])
 def test_gradients_of_several_batches_are_one_step(images, budget):
     """Without batch norm, whose statistics are each batch's own, small batches added up are a large one."""
@@ -254,6 +263,7 @@ def test_gradients_of_several_batches_are_one_step(images, budget):
     assert small.widths.equals(large.widths)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
 def test_images_of_a_batch_are_mixed(images, mixing):
     torch.manual_seed(0)

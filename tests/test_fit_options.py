@@ -115,6 +115,7 @@ def dice(outputs, targets):
     return 1 - (2 * overlap / (share.sum((1, 2, 3)) + targets.sum((1, 2, 3)) + 1)).mean()
 
 
+@pytest.mark.medium
 def test_a_loss_of_ones_own(images):
     train, val = images
     batches = [(x, (x > 0.5).float()) for x, _ in train.batches(BATCH)]
@@ -130,6 +131,7 @@ def test_a_loss_of_ones_own(images):
     assert 0.9 < result.report["utilisation"]["macs"] <= 1
 
 
+@pytest.mark.medium
 def test_two_outputs_and_targets_in_a_dict(images):
     def loss(outputs, targets):
         main, aux = outputs
@@ -224,6 +226,7 @@ def test_outputs_that_cross_entropy_cannot_take(images):
         fit(Segmenting(both=True), batches, epochs=1)
 
 
+@pytest.mark.medium
 def test_a_label_without_an_output_is_named(images):
     train, val = images
     batches = list(train.batches(BATCH))
@@ -252,6 +255,7 @@ def test_a_label_without_an_output_is_named(images):
 # Optimiser, schedule, clipping
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("budget", [None, {"macs": 0.5}])
 def test_the_default_recipe_written_out(images, budget):
     def sgd(groups):
@@ -274,6 +278,7 @@ def test_an_optimiser_of_ones_own_keeps_its_weight_decay():
     assert adamw(parameter_groups(model, 0.01)).param_groups[0]["weight_decay"] == 0.01
 
 
+@pytest.mark.medium
 def test_another_optimiser_and_schedule_are_carried_through_the_shrink(images):
     def one_cycle(optimizer, steps):
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps + 1)
@@ -330,6 +335,7 @@ def test_what_is_no_optimiser_or_schedule(images, options, error, message):
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.medium
 def test_clipping_bounds_the_weights_gradient_alone(images):
     moved, model = [], network()
     last = [p.detach().clone() for p in model.parameters()]
@@ -351,6 +357,7 @@ def test_clipping_bounds_the_weights_gradient_alone(images):
 # Moving average and teacher
 
 
+@pytest.mark.medium
 def test_the_average_written_out(images):
     model, count, expected = network(), 0, {}
 
@@ -372,6 +379,7 @@ def test_the_average_written_out(images):
     assert run(images).last is None
 
 
+@pytest.mark.medium
 def test_validation_measures_the_average_that_is_returned(images):
     result = run(images, budget={"macs": 0.5}, ema=0.9)
     plain = run(images, budget={"macs": 0.5})
@@ -385,6 +393,7 @@ def test_validation_measures_the_average_that_is_returned(images):
             assert torch.equal(value, result.last[name])
 
 
+@pytest.mark.medium
 def test_the_average_is_cut_with_the_network(images):
     """Gates that close leave the average of what stays as it was: it equals that of the kept channels, one by one."""
     seen = []
@@ -395,6 +404,7 @@ def test_the_average_is_cut_with_the_network(images):
     assert seen[-1] == 96
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("method", ["taylor", "fixed_strength", "small", "slimming"])
 def test_comparators_take_the_same_options(images, method):
     at = 0.0 if method == "small" else 0.3
@@ -417,6 +427,7 @@ def test_distillation_is_that_of_hinton():
     torch.testing.assert_close(pixels, expected)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("mixing", ["none", "mixup"])
 def test_a_teacher_may_be_the_model_itself(images, mixing):
     model, taught = network(), []
@@ -461,6 +472,7 @@ class Stop(Exception):
     """Ends a run too early."""
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("method", ["tailored", *slow("taylor")])
 def test_all_of_it_goes_on_from_a_checkpoint(images, tmp_path, capsys, method):
     def stopping(at):
@@ -500,6 +512,7 @@ def test_all_of_it_goes_on_from_a_checkpoint(images, tmp_path, capsys, method):
 # What is shown, and batches that are made already
 
 
+@pytest.mark.medium
 def test_a_row_an_epoch_unless_somebody_else_shows_it(images, capsys):
     rows = []
     for options, shown in (
@@ -560,6 +573,7 @@ class Told:
         return iter(BatchSampler(self.sampler, 32, True))
 
 
+@pytest.mark.medium
 def test_samplers_are_told_the_epoch_wherever_they_are(images):
     data = TensorDataset(*next(iter(images[0].batches(320))))
     orders = []
@@ -579,6 +593,7 @@ def test_samplers_are_told_the_epoch_wherever_they_are(images):
     assert all(order.equal(first) for order in orders)
 
 
+@pytest.mark.medium
 def test_seed_and_augment_are_of_images_in_memory(images):
     """Beside batches that are made already they were ignored."""
     loader = DataLoader(TensorDataset(*next(iter(images[0].batches(320)))), batch_size=32)
@@ -589,6 +604,7 @@ def test_seed_and_augment_are_of_images_in_memory(images):
     same(fit(network(), *images, epochs=1), fit(network(), *images, epochs=1, seed=0, augment="crop_flip"))
 
 
+@pytest.mark.medium
 def test_a_stream_has_its_own_size_and_its_classes_are_no_parts(tmp_path):
     for part in ("train", "val"):
         for name in ("a", "b"):

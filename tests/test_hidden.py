@@ -60,6 +60,7 @@ TAKEN = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:.*of the macs cannot be pruned")
 @pytest.mark.parametrize("how", TAKEN)
 def test_branches_that_only_training_has_are_tried_out(how):

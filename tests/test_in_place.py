@@ -199,6 +199,7 @@ def test_cuts_that_fail_half_way_are_undone(monkeypatch):
     assert tailor.shrunk
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # asked for by torch.compile
 @pytest.mark.parametrize(
     ("what", "backend"),
@@ -243,6 +244,7 @@ def moved(model, step):
     return [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
 
 
+@pytest.mark.medium
 def test_every_optimizer_goes_on_whether_given_or_not():
     x, y = batch()
     runs = []
@@ -464,6 +466,7 @@ def averages(kind, model, tailor):
     return AveragedModel(of, multi_avg_fn=average, use_buffers=kind == "buffers"), of
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["model", "buffers", "tailor", "timm", "dict"])
 def test_averages_are_carried_and_go_on(kind):
     runs = []
@@ -539,6 +542,7 @@ def test_the_gate_is_no_parameter():
     assert tailor.to(torch.float64).gate.dtype == torch.float32
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_clipping_the_tailor_is_clipping_the_model(decay):
     found = []
@@ -576,6 +580,7 @@ def stopped(at, kind, file):
     return [step() for _ in range(10)], model.state_dict(), tailor
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("at", "kind"), some_of([0, 5, 11, 20], ["sgd", "adamw"], step=3))
 def test_a_loop_that_is_resumed_is_one_that_was_not_stopped(at, kind):
     file = io.BytesIO()

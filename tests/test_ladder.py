@@ -38,6 +38,7 @@ def curve(images):
     return descend(images)
 
 
+@pytest.mark.medium
 def test_every_rung_meets_its_budget_of_the_dense_network_and_uses_it(curve, images):
     dense = tcp.trace(build(), images[0].pixels[:2].float()).cost()
     for rung, (budget, model) in enumerate(zip(BUDGETS, curve.models, strict=True)):
@@ -52,11 +53,13 @@ def test_every_rung_meets_its_budget_of_the_dense_network_and_uses_it(curve, ima
     assert curve.table["budget"].to_list() == ["70% macs", "45% macs + 60% params", "20% macs"]
 
 
+@pytest.mark.medium
 def test_shares_are_told_apart_in_the_table(images):
     curve = descend(images, budgets=[{"macs": 0.604}, {"macs": 0.596}], epochs=8, multiple=1)
     assert curve.table["budget"].to_list() == ["60.4% macs", "59.6% macs"]
 
 
+@pytest.mark.medium
 def test_networks_are_kept_apart_and_are_as_good_as_the_table_says(curve, images):
     for model, accuracy in zip(curve.models, curve.table["val_accuracy"], strict=True):
         assert tcp.evaluate(model, images[1])["accuracy"] == pytest.approx(accuracy)
@@ -64,6 +67,7 @@ def test_networks_are_kept_apart_and_are_as_good_as_the_table_says(curve, images
     assert not set.intersection(*storages)
 
 
+@pytest.mark.medium
 def test_widths_that_kernels_like_hold_on_every_rung(images):
     curve = descend(images, budgets=[{"macs": 0.6}, {"macs": 0.35}], epochs=8, multiple=4)
     for model in curve.models:
@@ -81,6 +85,7 @@ def slow_clock(network):
     return clock(network, 2.0)
 
 
+@pytest.mark.medium
 def test_latency_falls_from_rung_to_rung_in_parts_of_the_dense_network_s(images, tmp_path):
     how = {"budgets": [{"latency": 0.8}, {"latency": 0.5}], "epochs": 8, "folder": tmp_path}
     curve = descend(images, latency=tcp.Latency(clock, progress=False), **how)
@@ -91,6 +96,7 @@ def test_latency_falls_from_rung_to_rung_in_parts_of_the_dense_network_s(images,
         descend(images, latency=tcp.Latency(slow_clock, progress=False), **how)
 
 
+@pytest.mark.medium
 def test_a_ladder_of_latency_goes_on_though_the_machine_is_never_twice_the_same(images, tmp_path):
     factors = iter([1.0] * 1000)
 
@@ -121,12 +127,14 @@ def test_a_ladder_of_latency_goes_on_though_the_machine_is_never_twice_the_same(
     assert found.table["latency_share"].iloc[1] <= 0.5
 
 
+@pytest.mark.medium
 def test_epochs_are_counted_on(curve):
     assert curve.history["epoch"].to_list() == list(range(1, 27))
     assert curve.history.groupby("rung").size().to_list() == [10, 8, 8]
     assert curve.table["epochs"].to_list() == [10, 8, 8]
 
 
+@pytest.mark.medium
 def test_training_is_charged_for_the_network_that_is_trained(curve):
     """Rungs start at the cost of the one above and are small from somewhere in the phase on."""
     shares = [1.0, *curve.table["macs_share"]]
@@ -135,6 +143,7 @@ def test_training_is_charged_for_the_network_that_is_trained(curve):
         assert least < row["training_cost"] <= most + 1e-9
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("given", [{}, {"verbose": False}, {"on_epoch": lambda row: None}])
 def test_rows_are_in_percent_of_the_dense_network(images, capsys, given):
     dense = tcp.trace(build(), images[0].pixels[:2].float()).cost()["macs"]
@@ -158,6 +167,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("after", [14, *slow(5, 10)])
 def test_a_ladder_that_was_stopped_ends_as_if_it_had_not_been(curve, images, tmp_path, after):
     def stop(row):
@@ -185,6 +195,7 @@ def test_a_ladder_that_was_stopped_ends_as_if_it_had_not_been(curve, images, tmp
     assert torch.equal(small.eval()(x), curve.models[1].eval()(x))
 
 
+@pytest.mark.medium
 def test_a_rung_starts_with_the_random_numbers_and_the_loss_that_it_would_have_had(images, tmp_path):
     class Following(torch.nn.Module):
         def __init__(self):
@@ -218,6 +229,7 @@ def test_a_rung_starts_with_the_random_numbers_and_the_loss_that_it_would_have_h
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.medium
 def test_another_ladder_in_the_folder_is_refused(images, tmp_path):
     descend(images, folder=tmp_path, budgets=[{"macs": 0.5}], epochs=8)
     for change, name in (
@@ -230,6 +242,7 @@ def test_another_ladder_in_the_folder_is_refused(images, tmp_path):
     assert len(json.loads((tmp_path / "ladder.json").read_text())["rungs"]) == 1
 
 
+@pytest.mark.medium
 def test_functions_among_the_options_are_the_same_in_the_next_process(images, tmp_path):
     how = {"folder": tmp_path, "budgets": [{"macs": 0.5}], "epochs": 8, "verbose": False, "lr": None}
     first = descend(images, optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3), **how)
@@ -237,6 +250,7 @@ def test_functions_among_the_options_are_the_same_in_the_next_process(images, tm
     assert again.table.equals(first.table)  # read, not trained
 
 
+@pytest.mark.medium
 def test_functions_that_hold_other_numbers_are_another_ladder(images, tmp_path):
     def made(lr):
         return lambda groups: torch.optim.SGD(groups, lr=lr)
@@ -247,6 +261,7 @@ def test_functions_that_hold_other_numbers_are_another_ladder(images, tmp_path):
         descend(images, optimizer=made(0.1), **how)
 
 
+@pytest.mark.medium
 def test_a_teacher_stays_the_network_that_it_was(images, tmp_path, monkeypatch):
     taught = []
 

@@ -97,6 +97,7 @@ def chosen(model, channels, budget, latency, steps=30, **options):
 # The whole of it
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("budget", "clock"), some_of([{"latency": 0.7}, {"latency": 0.4}, {"latency": "1.1 ms"}], CLOCKS, step=4)
 )
@@ -112,6 +113,7 @@ def test_what_is_delivered_is_measured_and_97_to_100_percent_of_the_bound(resnet
         assert bound == pytest.approx(budget["latency"] * ask(CLOCKS[clock], model))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("clock", "multiple"),
     [
@@ -134,6 +136,7 @@ def test_a_unit_that_crosses_no_step_is_kept(resnet, clock, multiple):
             assert ask(CLOCKS[clock], more) > delivered + 1e-9
 
 
+@pytest.mark.medium
 def test_latency_beside_macs_and_memory(resnet):
     model, channels = resnet
     budget = {"latency": 0.6, "macs": 0.6, "memory": 0.9}
@@ -170,6 +173,7 @@ def tailored(clock, budget, steps=60, model=None, **options):
     return tcp.Tailor(model or small_net(), torch.randn(2, 3, 8, 8), budget=budget, steps=steps, **options)
 
 
+@pytest.mark.medium
 def test_a_training_run_ends_within_the_latency_and_says_how_it_knows():
     tailor = tailored(of_network, {"latency": 0.8})
     trained(tailor, 60)
@@ -181,6 +185,7 @@ def test_a_training_run_ends_within_the_latency_and_says_how_it_knows():
     assert re.search(r"latency \S+ ms was measured, spread 0\.0%, .* callable of_network, .* batch 1", repr(report))
 
 
+@pytest.mark.medium
 def test_fit_passes_the_place_on_and_goes_on_from_checkpoints_although_the_clock_drifts(tmp_path):
     x, y = torch.randn(64, 3, 8, 8), torch.randint(0, 4, (64,))
     batches = list(zip(x.split(8), y.split(8), strict=True))
@@ -211,6 +216,7 @@ def test_fit_passes_the_place_on_and_goes_on_from_checkpoints_although_the_clock
         run(wrong_table, checkpoints=tmp_path, checkpoint_every=4)
 
 
+@pytest.mark.medium
 def test_a_run_goes_on_although_the_machine_has_become_too_slow_for_it(tmp_path):
     x, y = torch.randn(64, 3, 8, 8), torch.randint(0, 4, (64,))
     batches = list(zip(x.split(8), y.split(8), strict=True))
@@ -243,6 +249,7 @@ def drifted(clock, factor):
     return functools.wraps(clock)(lambda *args: factor * clock(*args))
 
 
+@pytest.mark.medium
 def test_a_resumed_run_carries_the_correction():
     tailor = tailored(wrong_table, {"latency": 0.8})
     trained(tailor, 55)
@@ -273,6 +280,7 @@ def normless(convolution=nn.Conv2d):
     return nn.Sequential(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4))
 
 
+@pytest.mark.medium
 def test_layers_with_gates_of_their_own_are_in_the_table():
     model, x = normless(), torch.randn(2, 3, 8, 8)
     channels = tcp.trace(model, x)
@@ -330,6 +338,7 @@ class Tied(nn.Module):
         return self.last(self.second(x).relu())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("network", "shape"), [(Frames, (6, 3, 8, 8)), (Tied, (16,))])
 def test_all_rows_and_all_layers_of_a_shared_weight_are_timed(network, shape):
     torch.manual_seed(0)
@@ -408,6 +417,7 @@ def test_the_loop_withstands_measurements_that_contradict_each_other():
         assert networks <= 10
 
 
+@pytest.mark.medium
 def test_a_run_that_cannot_stay_within_says_so(resnet):
     model, channels = resnet
     slow = [1.0]
@@ -468,6 +478,7 @@ def test_steps_hidden_by_noise_are_looked_for_again():
     assert tables._steps(Smooth()) == {"in": 1, "out": 1}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("step", [4, 8, 16])
 def test_steps_are_found_from_whole_networks(resnet, step):
     model, channels = resnet
@@ -513,6 +524,7 @@ def test_a_width_that_is_slower_than_the_next_is_not_paid_for():
     assert grids(np.array([1]), np.array([4])) == grids(np.array([1]), np.array([8])) == 3.0
 
 
+@pytest.mark.medium
 def test_what_a_unit_adds(resnet):
     model, channels = resnet
     cost = place(of_layer_too).cost(model, channels)
@@ -596,6 +608,7 @@ def test_a_table_that_lacks_nothing_is_not_written_and_one_that_cannot_be_stops_
     assert list(cost.grids.rows) == list(latency.cost(model, channels).grids.rows)
 
 
+@pytest.mark.medium
 def test_a_measurement_that_fails_in_mid_step_leaves_the_step_to_be_taken_again():
     failing = []
 
@@ -655,6 +668,7 @@ def test_a_run_that_waits_for_measurements_says_so(resnet, capsys, monkeypatch, 
 # Widths that kernels like
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("latency", [None, of_layer_too, of_network])
 def test_multiples_that_the_place_likes(latency):
     tailor = tailored(latency, {"macs": 0.5}, model=small_net(128, 256))
@@ -683,6 +697,7 @@ def test_a_callable_of_networks_is_asked_about_networks_alone():
         latency.likes()
 
 
+@pytest.mark.medium
 def test_wide_networks_get_the_larger_multiple(resnet):
     _, channels = resnet
     assert Controller(channels, {"macs": 0.2}, steps=100, multiple=(8, 4, 1)).multiple == 4
@@ -691,6 +706,7 @@ def test_wide_networks_get_the_larger_multiple(resnet):
     assert Controller(traced, {"macs": 0.5}, steps=100, multiple=(8, 4, 1)).multiple == 8
 
 
+@pytest.mark.medium
 def test_by_default_widths_are_what_kernels_like_where_that_costs_little(resnet):
     model, channels = resnet
     x = torch.randn(2, 3, 16, 16)
@@ -717,6 +733,7 @@ def test_by_default_widths_are_what_kernels_like_where_that_costs_little(resnet)
 # Bad input
 
 
+@pytest.mark.medium
 def test_what_cannot_be_met_is_refused_with_what_can(resnet):
     model, _ = resnet
     with pytest.raises(
@@ -763,6 +780,7 @@ def test_a_machine_whose_speed_changes_is_warned_of_and_networks_are_compared():
         Controller(channels, Budget(latency=0.9), steps=100, latency=cost)
 
 
+@pytest.mark.medium
 def test_a_machine_that_becomes_noisy_is_warned_of_and_the_run_goes_on():
     generator, quiet = np.random.default_rng(0), [True]
 
@@ -841,6 +859,7 @@ def test_what_is_not_installed(monkeypatch):
 # Real clocks: that they run and leave the model alone; how long it takes is not looked at
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime", pytest.param("compile", marks=pytest.mark.slow)])
 def test_real_backends(backend, tmp_path, monkeypatch):
     if backend == "onnxruntime":
@@ -1002,6 +1021,7 @@ def test_what_multiples_cost_and_bring_is_as_the_pages_say(monkeypatch):
             assert f"{row['training']['run_over_dense_run']:.2f} ({row['multiple']})" in line
 
 
+@pytest.mark.medium
 def test_one_shot_comparators_have_the_same_table_and_loop(resnet):
     model, channels = resnet
     prune = pruner("uniform_l1", {"latency": 0.5}, latency=place(of_layer_too))
@@ -1015,6 +1035,7 @@ def test_one_shot_comparators_have_the_same_table_and_loop(resnet):
         pruner("uniform_l1", {"latency": 0.5})(model, channels, 100)
 
 
+@pytest.mark.medium
 def test_a_multiple_that_cannot_meet_the_budget_gives_way_to_a_smaller_one(resnet):
     model, channels = resnet
     cost = place(of_layer_too).cost(model, channels)

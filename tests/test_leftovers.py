@@ -152,6 +152,7 @@ def test_the_graph_of_a_step_is_not_kept():
 # Networks without their gates
 
 
+@pytest.mark.medium
 def test_a_network_that_is_still_tailored_is_not_taken_for_the_result(tmp_path):
     pytest.importorskip("onnxruntime")
     tailor, optimizer = made()
@@ -394,6 +395,7 @@ def test_parameters_that_a_forward_pass_writes_to_stay(layer):
 # Norms of buffers
 
 
+@pytest.mark.medium
 def test_frozen_batch_norms_are_pruned_as_batch_norms_are():
     images = torch.randn(2, 3, 32, 32)
 

@@ -403,6 +403,7 @@ def test_options_of_numpy_are_kept_as_plain_numbers():
     torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("steps", [251, 305, 1001])
 @pytest.mark.parametrize("refused", [0, 12])
 def test_a_phase_that_ends_with_the_run_ends_in_time(steps, refused):

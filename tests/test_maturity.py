@@ -121,6 +121,7 @@ def mature(images):
     return lambda: copy.deepcopy(model)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("make", "optimizer"),
     [
@@ -145,6 +146,7 @@ def test_maturity_rises_while_a_network_is_trained(make, optimizer, images):
     assert maturity(model) >= 0.8
 
 
+@pytest.mark.medium
 def test_a_trained_network_gets_smaller_early_and_a_fresh_one_late(images, mature):
     model, x = mature(), images[0][:2]
     fresh = tcp.Tailor(plain(), x, budget={"macs": 0.5}, steps=1000)
@@ -168,6 +170,7 @@ def test_a_trained_network_gets_smaller_early_and_a_fresh_one_late(images, matur
     )
 
 
+@pytest.mark.medium
 def test_a_run_that_goes_on_in_a_fresh_network_keeps_its_phase(images, mature):
     """Checkpoints bring the weights, and what was decided from those that the run started with."""
     model = mature()

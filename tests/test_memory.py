@@ -61,6 +61,7 @@ def buffers(model):
     return dict(model.named_buffers())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "name",
     [
@@ -100,6 +101,7 @@ def resnet():
     return model, tcp.trace(model, torch.randn(1, 3, 64, 64))
 
 
+@pytest.mark.medium
 def test_what_a_unit_moves_the_peak_by_is_the_difference(resnet):
     _, channels = resnet
     cost = channels.activations
@@ -153,6 +155,7 @@ class Digits(nn.Sequential):
         )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "budget",
     [
@@ -199,6 +202,7 @@ def test_impossible_bytes_are_refused_with_what_is_possible():
         tcp.Tailor(Digits(), torch.randn(1, 1, 8, 8), budget={"weights": 50}, steps=100)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("ignore", ["layer1", ["layer1.*", "layer2.*"], ["*"]])
 def test_what_is_to_be_kept_costs_no_memory(ignore):
     model, x = torchvision.models.resnet18(num_classes=10), torch.randn(2, 3, 64, 64)

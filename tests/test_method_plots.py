@@ -26,6 +26,7 @@ def trajectories():
     return controller_plots.read_budgets(RUNS, network="resnet20", seed=0)[1]
 
 
+@pytest.mark.medium
 def test_every_gate_closes_by_itself_and_the_budget_is_met(run):
     last = run.gates[-1]
     assert run.final_at < run.frozen_at == len(run.gates) - 1
@@ -35,6 +36,7 @@ def test_every_gate_closes_by_itself_and_the_budget_is_met(run):
     assert run.price[~run.losing].sum() > 0.9  # prices are of the dense network, so they add up to more than it costs
 
 
+@pytest.mark.medium
 def test_what_is_kept_has_the_higher_score(run):
     score = run.importance.double() / run.price
     assert score[~run.losing].median() > score[run.losing].quantile(0.95)
@@ -67,6 +69,7 @@ def test_removed_channels_are_not_drawn():
     assert closed - removed == sum(int(((units == 1) | (units == 6)).sum()) for units in entries if units is not None)
 
 
+@pytest.mark.medium
 def test_each_figure_is_the_same_each_time(run, trajectories, tmp_path):
     channels = method_plots.example()
     open_units = torch.ones(channels.units, dtype=torch.bool)

@@ -91,6 +91,7 @@ def test_imagenet_networks_are_torchvisions(name):
         assert ours.eval()(x).equal(theirs.eval()(x))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["imagenet_resnet50", "imagenet_mobilenet_v2", "resnet18_small_stem"])
 def test_large_networks_are_rebuilt_with_fewer_channels(name):
     model, x = nets.build(name, num_classes=10), torch.randn(2, 3, 32, 32)
@@ -109,6 +110,7 @@ def test_mobilenet_has_the_parameters_of_torchvisions():
     assert [tuple(p.shape) for p in ours] == [tuple(p.shape) for p in theirs]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", nets.NETWORKS)
 def test_takes_other_images_and_classes_and_trains(name):
     model = nets.build(name, num_classes=7, in_channels=1)
@@ -161,6 +163,7 @@ def test_weights_start_as_he_et_al_2015_draw_them(name):
             assert module.bias is None or not module.bias.any()
 
 
+@pytest.mark.medium
 def test_small_resnet_learns_digits_in_seconds():
     train, val, _ = sources.digits()
     model = nets.small_resnet(widths=(8, 16, 32))

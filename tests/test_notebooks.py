@@ -33,6 +33,7 @@ def executed(name, out, **parameters):
     return out
 
 
+@pytest.mark.medium
 def test_running_every_cell_twice_changes_nothing(tmp_path, monkeypatch):
     """Without a kernel, so that nothing is imported anew: the cells have nothing that needs one."""
     monkeypatch.chdir(NOTEBOOKS)
@@ -66,6 +67,7 @@ def cells(monkeypatch):
     return execute
 
 
+@pytest.mark.medium
 def test_a_dense_run_needs_no_word_on_budgets(cells, tmp_path):
     cells("10_run.ipynb", method="dense", epochs=1, out=str(tmp_path))
     assert json.loads((tmp_path / "metrics.json").read_text())["budget"] is None

@@ -50,6 +50,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
 def test_figures_are_saved_the_same_each_time(draw, tmp_path):
     first = plots.save_figure(draw(), tmp_path / "new" / "first.v1")
@@ -95,6 +96,7 @@ def test_every_cost_with_a_budget_is_drawn():
         plots.cost_figure(frame, budget={"latency": 0.6}, dense=DENSE)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("layers", [1, 7, 8, 56, 300])
 def test_names_of_layers_do_not_touch(layers):
     fig = plots.widths_figure(widths(layers))

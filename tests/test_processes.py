@@ -195,6 +195,7 @@ def one():
     return outcome(train(2 * BATCH))
 
 
+@pytest.mark.medium
 def test_two_processes_are_one_with_the_doubled_batch(whole, one):
     first, second = whole
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
@@ -213,6 +214,7 @@ def test_batch_norms_see_the_batches_of_all_processes(tmp_path):
     torch.testing.assert_close(first, one, rtol=1e-2, atol=1e-3, equal_nan=True)
 
 
+@pytest.mark.medium
 def test_running_statistics_are_the_same_in_all_processes(tmp_path):
     first, second = run(job_with_norms, tmp_path)
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
@@ -226,6 +228,7 @@ def test_two_processes_add_up_batches(tmp_path, one):
     torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.medium
 def test_two_processes_go_on_together(tmp_path, whole):
     first, second = run(job_resumed, tmp_path)
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
@@ -244,6 +247,7 @@ def test_all_processes_refuse_a_step_that_one_would_spoil(tmp_path):
     assert second[0][0].startswith("the loss is nan at step")
 
 
+@pytest.mark.medium
 def test_held_out_batches_are_summed_whether_divided_or_whole(tmp_path):
     first, second = run(job_held_out, tmp_path)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
@@ -258,10 +262,12 @@ def test_two_processes_take_all_options(tmp_path):
     torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.medium
 def test_processes_that_disagree_are_refused(tmp_path):
     assert all("must be given the same network" in text for text in run(job_disagree, tmp_path)[0])
 
 
+@pytest.mark.medium
 def test_a_function_of_a_notebook_runs_in_two_processes():
     """Forked, so it need not be importable, and sees what the notebook has made; its result comes back."""
     (model, *rest), ranks = (with_norms(), *images()), []

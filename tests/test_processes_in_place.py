@@ -56,6 +56,7 @@ def job(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.medium
 def test_two_processes_stay_equal_and_are_one_with_the_doubled_batch(tmp_path):
     mp.start_processes(job, (tmp_path,), nprocs=2, start_method="fork")  # without importing all anew
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))

@@ -153,6 +153,7 @@ print(len(result.history))
 MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "torch-pruning": "torch_pruning", "pytest-xdist": "xdist"}
 
 
+@pytest.mark.medium
 def test_the_library_needs_no_extra(tmp_path):
     """`pip install .` brings all that the core, `fit`, `Watch` and torch's archives need; the rest is imported late."""
     own, extras = required()

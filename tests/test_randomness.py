@@ -83,17 +83,20 @@ def check(images, tmp_path, kind, make, stops=(10, 40), every=7):
     same(whole, seeded(kind, make, images[1], tmp_path, every=every))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["all", *slow(*KINDS)])
 def test_augmentation_goes_on(images, tmp_path, kind):
     check(images, tmp_path, kind, lambda kind: loader(images[0], kind))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("every", [5, *slow(16)])
 def test_a_loader_s_own_generator_goes_on(images, tmp_path, every):
     make = lambda kind: loader(images[0], kind, generator=torch.Generator().manual_seed(11))  # noqa: E731
     check(images, tmp_path, "python", make, stops=(12, 33), every=every)
 
 
+@pytest.mark.medium
 def test_a_sampler_s_own_generator_goes_on(images, tmp_path):
     def make(kind):
         sampler = RandomSampler(range(320), replacement=True, generator=torch.Generator().manual_seed(2))
@@ -102,12 +105,14 @@ def test_a_sampler_s_own_generator_goes_on(images, tmp_path):
     check(images, tmp_path, "none", make, stops=(40,))
 
 
+@pytest.mark.medium
 def test_workers_draw_the_same_again(images, tmp_path):
     """They are started anew each epoch, seeded by the loader's generator, which goes on."""
     make = lambda kind: loader(images[0], kind, num_workers=1, generator=torch.Generator().manual_seed(2))  # noqa: E731
     check(images, tmp_path, "numpy", make, stops=(40,))
 
 
+@pytest.mark.medium
 def test_workers_that_outlive_an_epoch_are_warned_of(images, tmp_path):
     make = lambda kind: loader(images[0], kind, num_workers=1, persistent_workers=True)  # noqa: E731
     with pytest.raises(Stop):

@@ -238,6 +238,7 @@ def all_tables(study):
     }
 
 
+@pytest.mark.medium
 def test_tables_are_the_same_bytes_each_time(study, tmp_path):
     again = tables.study(FIXTURE, tables.run_defaults(RUN_NOTEBOOK)).sample(frac=1, random_state=0)
     for folder, runs in (("one", study), ("other", again)):  # in whatever order the runs are read
@@ -332,6 +333,7 @@ def figures(study):
     }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "name", ["pareto", "training_cost", "differences", "adaptation", "utilisation", "widths", "published"]
 )
@@ -351,6 +353,7 @@ def test_figures_are_the_same_each_time_and_all_their_words_are_inside(study, na
     assert one.axes[-1].get_xlabel() or one.get_supxlabel()
 
 
+@pytest.mark.medium
 def test_names_at_the_right_do_not_overlap(study):
     axes = figures(study)["pareto"]().axes[0]
     boxes = sorted(
@@ -409,6 +412,7 @@ def test_groups_that_differ_in_recipe_alone_have_two_names(monkeypatch):
     assert list(study_plots.groups(table)) == ["resnet20-digits-scratch-e3", "resnet20-digits-scratch-e3_recipe2"]
 
 
+@pytest.mark.medium
 def test_the_fixture_is_what_its_script_writes_and_says_that_it_is_made_up(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(FIXTURE.parent)
     import make
@@ -440,6 +444,7 @@ def test_numbers_are_rounded_as_by_hand(value, digits, text):
     assert pages.number(value, digits) == text
 
 
+@pytest.mark.medium
 def test_runs_of_ones_own_have_no_goals(study, tmp_path):
     """The goals are those of the committed study: of other runs, a report that names them would be wrong."""
     differences = tables.differences(tables.accuracy(study))
@@ -460,6 +465,7 @@ def test_only_the_committed_study_is_reported_with_goals():
         assert ("-p goals True" in said) == given
 
 
+@pytest.mark.medium
 def test_committed_tables_follow_from_committed_runs(tmp_path):
     """Whoever adds runs, or changes a table, must run `make report` and commit what it makes."""
     study = tables.study(ROOT / "results" / "runs", tables.run_defaults(RUN_NOTEBOOK))

@@ -30,11 +30,13 @@ def study():
     return tables.study(ROOT / "results" / "runs", DEFAULTS)
 
 
+@pytest.mark.medium
 def test_the_committed_page_follows_from_the_committed_runs(study):
     """Whoever adds runs must run `make report` and commit what it makes."""
     assert page(study) == PAGE.read_text(encoding="utf-8")
 
 
+@pytest.mark.medium
 def test_every_run_that_was_compared_is_on_the_page(study):
     text = page(study)
     accuracy = tables.accuracy(study)
@@ -104,6 +106,7 @@ def longer(tmp_path, epochs=20, gain=0.02):
     return tables.study(runs, DEFAULTS)
 
 
+@pytest.mark.medium
 def test_a_longer_study_finds_its_section_and_its_figure(tmp_path, study):
     study = longer(tmp_path)
     accuracy = tables.accuracy(study)
@@ -134,6 +137,7 @@ def test_what_ran_at_one_length_alone_has_no_figure_of_length(study):
             assert study_plots.several_lengths(rows).empty
 
 
+@pytest.mark.medium
 def test_an_unknown_study_has_a_section_of_its_own_name(study):
     other = study.assign(run=study["run"].str.replace("tiny-imagenet-cpu", "mine"))
     assert "\n## mine\n" in page(other)
@@ -172,6 +176,7 @@ def test_sentences_say_which_side_and_whether_it_may_be_chance():
     assert results_page._chance(0.5, float("nan")) == "one seed on a side, so it may be chance"
 
 
+@pytest.mark.medium
 def test_the_caveat_on_rules_before_the_present_one_is_there_as_long_as_it_is_true(study):
     """Runs of before say so on the page; when they have been done again, the sentence has to go."""
     ours = study[(study["method"] == "tailored") & (study["setting"] == "from a pretrained network")]

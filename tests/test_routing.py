@@ -172,6 +172,7 @@ def test_a_copy_of_a_tailor_begins_to_look_for_optimisers_anew():
     other.step()  # one may still be made for it
 
 
+@pytest.mark.medium
 def test_a_network_is_plain_in_the_end_whoever_still_holds_a_former_tailor(tmp_path, recwarn):
     model, x = small(), torch.randn(8, 6)
     former = tcp.Tailor(model, x, budget={"macs": 0.7}, steps=100)

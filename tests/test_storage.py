@@ -105,6 +105,7 @@ def test_round_trip(small, path, images):
     assert dense.layer2[0].shortcut.padding == dense_resnet().layer2[0].shortcut.padding
 
 
+@pytest.mark.medium
 @given(network=networks(), seed=st.integers(0, 9), runs=st.integers(1, 3))
 @settings(
     max_examples=15,
@@ -203,6 +204,7 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     assert_same(small, loaded, x)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["mobilenet_v2", "densenet40_12"])
 def test_round_trips_of_the_papers_networks(name, tmp_path):
     x = torch.randn(2, 3, 8, 8)
@@ -319,6 +321,7 @@ def test_a_missing_file(tmp_path):
         load(dense_resnet(), tmp_path)
 
 
+@pytest.mark.medium
 @given(share=st.floats(0, 1, exclude_max=True))
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_truncated_file(share, path, tmp_path):
@@ -428,6 +431,7 @@ def test_an_untouched_network_of_another_head_is_refused_too(tmp_path):
         load(dense_resnet(), path)
 
 
+@pytest.mark.medium
 def test_a_network_knows_its_dense_shapes_wherever_it_goes(small, images, tmp_path):
     """Cut again, copied, pickled, loaded, and as a part of another."""
     torch.save(small, tmp_path / "pickled.pt")
@@ -444,6 +448,7 @@ def test_a_network_knows_its_dense_shapes_wherever_it_goes(small, images, tmp_pa
         assert load(dense_resnet().layer2, part)[0].conv1.out_channels == network.layer2[0].conv1.out_channels
 
 
+@pytest.mark.medium
 def test_a_tailored_run_s_network_can_be_saved_and_loaded(tmp_path):
     train, _, _ = sources.digits()
     model = dense_resnet()

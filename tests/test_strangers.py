@@ -303,6 +303,7 @@ def fuzz(path, tmp_path, count, seed):
     return found
 
 
+@pytest.mark.medium
 def test_fuzzed_files(path, tmp_path):
     found = fuzz(path, tmp_path, 120, seed=0)
     assert sum(count for (_, outcome), count in found.items() if outcome == "refused") > 90

@@ -303,6 +303,7 @@ def test_a_stream_for_training_is_measured_on_the_centre_of_every_image(folder):
     assert history["val_loss"][0] == pytest.approx(evaluate(model, stream(folder))["loss"], rel=1e-4)
 
 
+@pytest.mark.medium
 def test_a_stream_trains_a_tailored_network(folder):
     torch.manual_seed(0)
     model = nets.small_resnet(num_classes=2, in_channels=3)

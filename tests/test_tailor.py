@@ -84,7 +84,8 @@ KINDS = ["macs", "params", "macs+params"]
 
 
 @pytest.mark.parametrize(
-    ("name", "share", "kinds"), some_of(["small_resnet", *RECIPES, "resnet20"], [0.8, 0.6, 0.4, 0.2], KINDS, step=5)
+    ("name", "share", "kinds"),
+    some_of(["small_resnet", *RECIPES, "resnet20"], [0.8, 0.6, 0.4, 0.2], KINDS, step=5, medium=5),
 )
 def test_the_budget_is_met_and_used(name, share, kinds):
     kinds = kinds.split("+")
@@ -111,6 +112,7 @@ def test_the_budget_is_met_and_used(name, share, kinds):
             assert any(cost[kind] > bounds[kind] for kind in kinds)
 
 
+@pytest.mark.medium
 def test_several_ways_to_write_a_budget_end_in_the_same_network():
     found = []
     for budget in ({"macs": 0.5}, {"macs": "50%"}, {"flops": 0.5}, {"macs": trace_cost("chain")["macs"] // 2}):
@@ -138,6 +140,7 @@ def test_min_width_and_ignore_are_respected(name):
         assert tailor.open_units[family.units].sum() >= min(4, len(family.units))
 
 
+@pytest.mark.medium
 def test_finish_gives_a_plain_network_of_the_same_kind():
     tailor, x, y = tailored("small_resnet", {"macs": 0.5})
     network = tailor.model
@@ -167,6 +170,7 @@ def test_finish_compares_the_networks():
         tailor.finish()
 
 
+@pytest.mark.medium
 def test_the_report_says_where_the_run_stands():
     tailor, x, y = tailored("small_resnet", {"macs": 0.5, "params": "60%"})
     optimizer = sgd(tailor.model.parameters())
@@ -199,6 +203,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("name", "kind"), some_of(["chain", "depthwise", "dense", "tied"], OPTIMIZERS, step=4))
 def test_shrinking_mid_run_is_no_jump(name, kind):
     """Run A goes on in the smaller network, run B in the gated dense one: the same losses, weights and moments."""
@@ -282,6 +287,7 @@ def history(tailor):
     )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 @pytest.mark.parametrize("shrink", [True, False])
 def test_an_optimizer_that_holds_the_gates_cannot_move_them(kind, shrink):
@@ -296,6 +302,7 @@ def test_an_optimizer_that_holds_the_gates_cannot_move_them(kind, shrink):
     assert runs[0] == runs[1]
 
 
+@pytest.mark.medium
 def test_validation_in_between_changes_nothing():
     runs = []
     for validate in (True, False):
@@ -324,6 +331,7 @@ def test_evaluation_mode_survives_shrinking():
     assert [name for name in modes if not modes[name]] == norms[:1]
 
 
+@pytest.mark.medium
 def test_accumulated_gradients_are_one_step():
     tailor, x, y = tailored("small_resnet", {"macs": 0.5})
     optimizer = sgd(tailor.model.parameters())
@@ -347,6 +355,7 @@ def test_accumulated_gradients_are_one_step():
     assert tailor.shrunk
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**16])
 def test_loss_scaling_gives_the_same_run(scale):
     runs = []
@@ -429,6 +438,7 @@ def test_a_model_of_many_inputs_and_outputs():
     assert small(**inputs)["classes"].shape == (4, 4)
 
 
+@pytest.mark.medium
 def test_two_runs_of_the_same_seed_are_the_same():
     runs = []
     for _ in range(2):
@@ -449,6 +459,7 @@ def test_tailoring_is_silent_and_leaves_global_state_alone():
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.medium
 def test_a_network_can_be_tailored_again():
     tailor, x, y = tailored("small_resnet", {"macs": 0.6})
     train_until_frozen(tailor, sgd(tailor.model.parameters()), x, y)
@@ -494,6 +505,7 @@ class Backbone(nn.Module):
         return {"near": self.near(near), "far": self.far(self.body["far"](F.max_pool2d(near, 2)).relu())}
 
 
+@pytest.mark.medium
 def test_a_part_of_a_larger_model_is_tailored_in_its_place():
     torch.manual_seed(0)
     detector = Detector()

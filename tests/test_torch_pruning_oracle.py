@@ -57,6 +57,7 @@ def ours(model, channels, units):
     return found
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore")  # its own: torch.jit and mutable defaults
 @pytest.mark.parametrize("name", NETWORKS)
 def test_same_coupled_channels(name):

@@ -223,6 +223,7 @@ def test_only_the_first_process_shows_and_writes(channels, tmp_path, capsys, scr
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore")  # of the kernel's and the client's own machinery
 def test_a_notebook_shows_bar_and_curves_to_somebody_and_rows_to_papermill():
     assert issubclass(PapermillNotebookClient, NotebookClient)  # as is nbconvert's

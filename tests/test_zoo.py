@@ -14,6 +14,7 @@ SLOW = ("resnext50_32x4d", "regnet_x_400mf", "mnasnet0_5", "efficientnet_v2_s", 
 SLOW += ("densenet121", "mobilenet_v2", "efficientnet_b0")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in REPRESENTATIVES]
 )
