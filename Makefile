@@ -109,7 +109,7 @@ build/notebooks/%.ipynb: notebooks/%.ipynb $(INSTALLED) FORCE
 	@echo "== $<"
 	@rm -rf build/runs/$* && mkdir -p $(@D)
 	@$(BIN)/papermill --kernel python3 --language python --cwd notebooks --no-progress-bar --log-output \
-		$(call parameter,out,$(CURDIR)/build/runs/$*) $(call parameter,data,$(DATA)) \
+		$(call parameter,out,$(CURDIR)/build/runs/$*) $(call parameter,data,$(if $(wildcard $(DATA)),$(call absolute,$(DATA)),$(DATA))) \
 		$(call parameter,epochs,$(EPOCHS)) $< $(@:.ipynb=.part.ipynb)
 	@mv $(@:.ipynb=.part.ipynb) $@
 

@@ -93,7 +93,7 @@ class Gated(nn.Module):
 
     def is_bound(self) -> bool:
         """Whether the modules are still those that were bound, and to these gates: they may have been replaced."""
-        return bool(self.bound) and all(
+        return len(self.bound) > 0 and all(  # of a list, torch.compile of torch 2.6 cannot take bool
             (parent is None or parent._modules.get(child) is module)
             and (binding := module.__dict__.get(BINDING)) is not None
             and binding.gates is self.gates

@@ -740,6 +740,18 @@ def test_a_run_that_fails(project):
     assert "\x1b" not in told
 
 
+def test_no_run_at_once_is_refused(project, capsys):
+    """Snakemake would wait for ever."""
+    with pytest.raises(SystemExit):
+        experiments.main(["study", str(project()), "--cores", "0"])
+    assert "--cores 0 given; it must be 1 or more" in capsys.readouterr().err
+
+
+def test_outside_of_a_clone_it_says_where_declarations_are(tmp_path):
+    with pytest.raises(DeclarationError, match="a clone of the repository has"):
+        read(tmp_path / "experiments" / "small.yaml")
+
+
 def test_status_and_list(project, capsys):
     runs = read(project()).runs
     finished(runs["start/dense-seed0"])

@@ -1,12 +1,15 @@
 """Promises about the notebooks beyond what nbval compares."""
 
+import ast
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
 import pytest
+import torch
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -97,12 +100,56 @@ def test_a_run_with_contradictions_is_refused_in_its_first_cell(cells, given, wo
         ("40_controller.ipynb", "0.7 0.001", "floor"),
         ("60_curve.ipynb", "0.6 0.001", "floor"),
         ("60_curve.ipynb", "0.3 0.6", "largest down"),
+        ("60_curve.ipynb", "", "largest down"),
+        ("60_curve.ipynb", 0.001, "floor"),  # what `papermill -p budgets 0.001` gives
+        ("40_controller.ipynb", "0.5 0.5", "each once"),
+        ("40_controller.ipynb", "", "each once"),
+        ("40_controller.ipynb", 0.001, "floor"),
     ],
 )
 def test_budgets_are_refused_before_any_training(cells, monkeypatch, name, budgets, words):
     monkeypatch.setattr(tcp, "fit", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises((AssertionError, tcp.BudgetError), match=words):
         cells(name, budgets=budgets)
+
+
+@pytest.mark.parametrize("given", [{"batches": ""}, {"batches": "0 64"}, {"rounds": 0}])
+def test_what_cannot_be_timed_is_refused_in_the_first_cell(cells, given):
+    with pytest.raises(AssertionError, match="|".join(given)):
+        cells("50_deploy.ipynb", 2, **given)
+
+
+def test_one_batch_size_may_be_a_number(cells):
+    assert cells("50_deploy.ipynb", 2, batches=64)["sizes"] == [64]
+
+
+@pytest.mark.medium
+def test_dense_and_tailored_network_start_alike_and_from_the_seed(cells, monkeypatch):
+    starts = []
+
+    def fit(model, *_, **__):
+        starts.append(torch.cat([tensor.double().flatten() for tensor in model.state_dict().values()]))
+        return SimpleNamespace(model=model, report="")
+
+    monkeypatch.setattr(tcp, "fit", fit)
+    for seed in (3, 3, 4):
+        cells("50_deploy.ipynb", 3, network="small_resnet", seed=seed)
+    first, *others = starts
+    assert [torch.equal(first, other) for other in others] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_no_cell_changes_a_parameter(path):
+    """A cell that is run again would work on something else than what was asked for."""
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    told = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    parameters = {node.target.id for source in told for node in ast.parse(source).body}
+    if path.stem == "10_run":
+        parameters -= {"macs", "params"}  # set to 0 for the dense method, and told
+    for cell in cells:
+        if cell.source not in told:
+            nodes = ast.walk(ast.parse(cell.source))
+            assert not parameters & {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 @pytest.mark.slow

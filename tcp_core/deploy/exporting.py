@@ -21,6 +21,7 @@ from ..gates import unwrapped
 from ..verification import to_model
 from .folding import folded
 
+LARGEST_BATCH = 2**31 - 1  # without an upper end torch.export of torch 2.6 refuses every convolutional network
 NEEDED = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}
 
 
@@ -135,7 +136,7 @@ def _resized(call: tuple[tuple, dict], size: int, wanted: int) -> tuple[tuple, d
 def _exported(network: nn.Module, args: tuple, kwargs: dict, dynamic: bool) -> torch.export.ExportedProgram:
     shapes = None
     if dynamic:
-        batch, size = torch.export.Dim("batch", min=1), _batch_size(args, kwargs)
+        batch, size = torch.export.Dim("batch", min=1, max=LARGEST_BATCH), _batch_size(args, kwargs)
         shapes = torch.export.ShapesCollection()
         for tensor in _tensors((args, kwargs)):
             if tensor.ndim and tensor.shape[0] == size:

@@ -232,6 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="runs at once, for estimates of time")
     parser.add_argument("--snakemake", default="--cores all", help="options of Snakemake, for `study`")
     given = parser.parse_args(arguments)
+    if given.cores < 1:
+        parser.error(f"--cores {given.cores} given; it must be 1 or more, or not be given for all of this machine's")
     places = {name: getattr(given, name) for name in ("data", "weights", "runs")}
     try:
         if given.command == "study":

@@ -128,7 +128,10 @@ class _Reader:
         """Return the file's content, its outermost level checked."""
         if not self.path.is_file():
             there = ", ".join(sorted(path.stem for path in self.path.parent.glob("*.yaml"))) or "none"
-            raise DeclarationError([f"there is no {self.path}; declarations in this folder: {there}"])
+            text = f"there is no {self.path}; declarations in this folder: {there}"
+            if not self.path.parent.is_dir():
+                text += "; a clone of the repository has declarations and notebooks, the installed package has none"
+            raise DeclarationError([text])
         try:
             content = yaml.load(self.path.read_text(encoding="utf-8"), Loader=_Loader)
         except yaml.YAMLError as error:

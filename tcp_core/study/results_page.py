@@ -55,8 +55,9 @@ with the same schedule, and is brought to the same budget by the same exact coun
 - **small from scratch**: the network with uniform widths, trained from fresh weights;
 - **random**: any channels.
 
-From a pretrained network the comparators prune before the first step. From scratch they train, prune and fine-tune
-within the epochs of our one run. The test images are read once, at the end of a run.
+From a pretrained network the comparators prune before the first step, but for those that train under a penalty first
+(batch-norm slimming and fixed strength; the tables say until when). From scratch they train, prune and fine-tune within
+the epochs of our one run. The test images are read once, at the end of a run.
 
 Accuracies are percent, mean ± standard deviation over (n) seeds. Differences are points, with their standard error. **A
 difference of less than two standard errors, or of one seed, may be chance.** "The best comparator" is the best at that

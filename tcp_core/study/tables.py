@@ -394,7 +394,7 @@ def _mean_difference(pairs, by):
     groups = pairs.assign(square=pairs["se_pooled"] ** 2).groupby(by)
     table = groups[["pairs", "wins", "losses"]].sum()
     table["difference"] = groups["difference"].mean()
-    table["se"] = np.sqrt(groups["square"].sum(skipna=False)) / table["pairs"]
+    table["se"] = np.sqrt(groups["square"].agg(lambda squares: squares.sum(skipna=False))) / table["pairs"]
     return _in_order(table.reset_index())
 
 

@@ -26,7 +26,7 @@ class Units:
     def __init__(self, ids: Identities) -> None:
         self.ids = ids
         ties = torch.cat(ids.ties) if ids.ties else torch.zeros((0, 2), dtype=torch.int64)
-        a, b = ties.T.numpy()
+        a, b = ties.T.to(torch.int32).numpy()  # of indices of 64 bits scipy 1.11.1 takes what is in unwritten memory
         graph = coo_array((torch.ones(len(ties)).numpy(), (a, b)), shape=(ids.labels, ids.labels))
         self.component = torch.from_numpy(connected_components(graph, directed=False)[1]).long()
         frozen = self._mask(ids.frozen)
