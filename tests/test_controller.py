@@ -241,6 +241,19 @@ def test_coarse_units_use_the_budget_too(resnet20, share, multiple):
         assert 0.99 <= utilisation(resnet20, winning, controller.bounds) <= 1
 
 
+@pytest.mark.medium
+@pytest.mark.parametrize("share", [0.5, 0.3])
+def test_the_last_exchanges_give_up_no_importance_for_a_budget_that_is_used(resnet20, share):
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        controller = Controller(resnet20, {"macs": share}, steps=600, multiple=8)
+        price = controller.price()
+        score = torch.exp(1.2 * torch.randn(resnet20.units, generator=generator)).double() / price.sqrt()
+        limits = controller.bounds, 1, 8, resnet20.cost_model
+        filled = fill(resnet20, score, *limits)
+        assert_no_loss(resnet20, filled, tighten(resnet20, filled, score, *limits), score, controller.bounds)
+
+
 def test_a_smaller_multiple_where_blocks_leave_much_is_kept_in_the_state(monkeypatch):
     monkeypatch.setattr(selection, "LARGEST_BLOCK", 1.0)  # blocks that are much of the budget
     network = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 3))
