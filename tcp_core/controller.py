@@ -41,6 +41,10 @@ worth more than its first ones to go; what is measured while the network gets sm
 LEAST_SEEN = 10
 """After so many steps a family without any gradient is no longer one that starts at zero, as many blocks do."""
 
+LEAST_WEIGHT = 0.01
+"""A cost with room left weighs this much at least in the price of a unit, so that it can count again in a few rankings
+when its budget becomes the tighter one."""
+
 MIN_PHASE_STEPS = 12
 """A shorter pruning phase has no room for gates that close by themselves."""
 
@@ -365,7 +369,8 @@ class Controller:
         """Make a cost with room left cheaper, so that several budgets are used up together where that is possible."""
         used = {name: cost[name] / target for name, target in targets.items()}
         weights = {name: self.weights[name] * share / max(used.values()) for name, share in used.items()}
-        self.weights = {name: weight / max(weights.values()) for name, weight in weights.items()}
+        top = max(weights.values())
+        self.weights = {name: max(weight / top, LEAST_WEIGHT) for name, weight in weights.items()}
 
     def _record(self, hard: dict[str, int] | None = None) -> None:
         hard = self.cost_model.exact((self.gate > 0).cpu()) if hard is None else hard
