@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -240,6 +241,27 @@ def test_another_ladder_in_the_folder_is_refused(images, tmp_path):
         with pytest.raises(ValueError, match=f"holds a ladder with {name}"):
             descend(images, folder=tmp_path, **change)
     assert len(json.loads((tmp_path / "ladder.json").read_text())["rungs"]) == 1
+
+
+@pytest.mark.medium
+def test_a_ladder_of_other_images_is_refused(images, tmp_path, capsys):
+    train, val = images
+    how = {"folder": tmp_path, "budgets": [{"macs": 0.5}], "epochs": 8}
+    first = descend(images, **how)
+    capsys.readouterr()
+    assert descend(images, **how).table.equals(first.table)  # read, not trained
+    assert capsys.readouterr().out == f"1 of 1 rungs are in {tmp_path} already\n"
+    more = sources.digits().train.split(352)[1]
+    brighter = replace(train, mean=(0.5,))
+    for others, said in ((more, "'images': 352"), (brighter, r"'mean': \[0\.5\]")):
+        with pytest.raises(ValueError, match=rf"holds a ladder with data .*'images': 320.* and .*{said}.* is asked for"):
+            descend((others, val), **how)
+    state = json.loads((tmp_path / "ladder.json").read_text())
+    del state["plan"]["data"]  # as of an earlier version
+    (tmp_path / "ladder.json").write_text(json.dumps(state))
+    with pytest.warns(UserWarning, match="did not note what its training images were"):
+        assert descend((more, val), verbose=False, **how).table.equals(first.table)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.medium

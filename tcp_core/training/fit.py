@@ -13,7 +13,6 @@ from ..channels import Channels
 from ..controller import Controller
 from ..cost import Budget
 from ..datasets.images import Images
-from ..datasets.streams import Stream
 from ..state import keeping_modes
 from ..tailor import Tailor
 from ..tracing import trace
@@ -171,8 +170,8 @@ def fit(
     of_optimizer = described(optimised(model))
     # the network comes first: where it differs, so do its costs and bounds
     recipe = {"shapes": channels.shapes, "model": type(model).__qualname__, **channels.cost()}
-    recipe |= {"epochs": epochs, "steps": steps, "batch_size": len(first_batch), "images": _images(train)}
-    recipe |= {"train": _chosen(train), "processes": rank_and_world()[1]}
+    recipe |= {"epochs": epochs, "steps": steps, "batch_size": len(first_batch)}
+    recipe |= {**identity.of_data(train), "processes": rank_and_world()[1]}
     recipe |= {"lr": of_optimizer["groups"][0].get("lr"), "optimizer": of_optimizer}
     recipe |= {"warmup": warmup, "restart": restart, "schedule": schedule}
     recipe |= {"clip": clip, "ema": ema, "loss": loss, "metric": metric, **objective.described()}
@@ -287,23 +286,6 @@ def _check_outputs(model: nn.Module, example: Tensor, objective: Objective, prec
     for part, images in (("train", train), ("val", val)):
         if objective.loss is None and hasattr(images, "labels"):
             check_labels(outputs, torch.as_tensor(images.labels), f"the images of {part}")
-
-
-def _images(train: Images | Iterable) -> int | None:
-    """Return how many images there are in all, None if that is not known."""
-    for images in (getattr(train, "labels", None), getattr(train, "dataset", None)):
-        if hasattr(images, "__len__"):
-            return len(images)
-    return None
-
-
-def _chosen(train: Images | Iterable) -> dict[str, Any]:
-    """Return what decides a run that ``train`` was made with; it is known of our own classes."""
-    if not isinstance(train, Images | Stream):
-        return {}
-    # rounded: a mean over the images may differ in its last digits, by the number of threads
-    chosen = {name: [round(float(each), 6) for each in getattr(train, name)] for name in ("mean", "std")}
-    return chosen | ({"seed": train.seed, "train": train.train} if isinstance(train, Stream) else {})
 
 
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from ..datasets.images import Images
+from ..datasets.streams import Stream
 
 DEPTH = 6
 """How deep functions, their arguments and what they hold are looked into."""
@@ -79,6 +82,21 @@ def defaults(*classes: type, without: tuple[str, ...] = ()) -> dict[str, Any]:
         for name, parameter in inspect.signature(each).parameters.items()
         if parameter.default is not inspect.Parameter.empty and name not in without
     }
+
+
+def of_data(train: Images | Iterable) -> dict[str, Any]:
+    """Return what tells the images of one run from those of another: how many there are in all (None: that is not
+    known), and of our own classes what they were made with.
+    """
+    lengths = (getattr(train, "labels", None), getattr(train, "dataset", None))
+    images = next((len(each) for each in lengths if hasattr(each, "__len__")), None)
+    chosen: dict[str, Any] = {}
+    if isinstance(train, Images | Stream):
+        # rounded: a mean over the images may differ in its last digits, by the number of threads
+        chosen |= {name: [round(float(each), 6) for each in getattr(train, name)] for name in ("mean", "std")}
+    if isinstance(train, Stream):
+        chosen |= {"seed": train.seed, "train": train.train}
+    return {"images": images, "train": chosen}
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], above: str = "") -> list[str]:

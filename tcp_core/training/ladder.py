@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from .batches import by_epoch
 from .evaluation import device_of
 from .fit import fit
 from .frames import printed, say, training_cost
-from .identity import described
+from .identity import described, of_data
 from .processes import agree, gathered, rank_and_world
 from .randomness import random_state, set_random_state
 from .run import FitResult
@@ -86,7 +87,7 @@ def ladder(
     Raises:
         BudgetError: before any training, if a budget cannot be met or is not below the one before it, or counts bytes
             at another ``precision`` or ``batch``.
-        ValueError: for other bad input, or if ``folder`` holds another ladder.
+        ValueError: for other bad input, or if ``folder`` holds another ladder, one of other training images too.
 
     Example:
         >>> curve = tcp.ladder(model, train, val, budgets=[{"macs": 0.7}, {"macs": 0.5}], epochs=10)  # doctest: +SKIP
@@ -113,13 +114,13 @@ def ladder(
     done = [] if place is None else place.rungs
     agree({"rungs": len(done), "begun": place is not None and bool(place.plan)})  # one folder for all
     timed = None if place is None else place.timed
-    dense, bounds, timed = _planned(model, train, budgets, epochs, options, timed)
+    dense, bounds, timed, data = _planned(model, train, budgets, epochs, options, timed)
     said = {
         name: repr(value) if isinstance(value, Latency) else described(value)
         for name, value in sorted(options.items())
         if name not in UNSAID
     }
-    plan = {"bounds": bounds, "epochs": epochs, "dense": dense, "options": said}
+    plan = {"bounds": bounds, "epochs": epochs, "dense": dense, "options": said, "data": data}
     if any(timed):
         plan["latency"] = [str(budget.latency) for budget in budgets]
     if place is not None:
@@ -131,6 +132,8 @@ def ladder(
     around = {"train": train, "val": val, **{name: options.get(name) for name in ("loss", "metric")}}
     if done and len(done) < len(budgets):
         place.restore(len(done), model, device, around)
+    if done and verbose is not False and rank_and_world()[0] == 0:
+        say(f"{len(done)} of {len(budgets)} rungs are in {place.path} already")
 
     silent = on_epoch is not None or options.get("on_step") is not None if verbose is None else not verbose
     shown = not silent and rank_and_world()[0] == 0
@@ -181,16 +184,20 @@ def _planned(
     epochs: Sequence[int],
     options: Mapping,
     timed: Sequence[Mapping | None] | None,
-) -> tuple[dict[str, float], list[dict], list[Mapping | None]]:
-    """Return the dense network's costs, each budget in absolute numbers, and what latency was calibrated by on each
-    rung; raise where one cannot be met. A ladder that goes on brings what it was ``timed`` by, which holds.
+) -> tuple[dict[str, float], list[dict], list[Mapping | None], dict[str, Any]]:
+    """Return the dense network's costs, each budget in absolute numbers, what latency was calibrated by on each rung,
+    and what tells the training data from others; raise where a budget cannot be met. A ladder that goes on brings what
+    it was ``timed`` by, which holds.
     """
     _check_bytes(budgets)
     given = {name: options[name] for name in inspect.signature(Controller).parameters if name in options}
     batches = by_epoch(train, options.get("batch_size"), "none", 0, device_of(model, None))(0)
     length = len(batches) // options.get("accumulate", 1)
     tracing = {name: options[name] for name in ("ignore", "also", "unused") if name in options}
-    channels = trace(model, next(iter(batches))[0][:2], **tracing)
+    first_batch = next(iter(batches))[0]
+    data = of_data(train) | {"batch_size": len(first_batch)}
+    data |= {} if data["images"] else {"batches": len(batches)}
+    channels = trace(model, first_batch[:2], **tracing)
     dense: dict[str, float] = {}
     bounds, place, calibrations = [], options.get("latency"), []
     for rung, (budget, passes) in enumerate(zip(budgets, epochs, strict=True)):
@@ -213,7 +220,7 @@ def _planned(
                 f"({budgets[rung - 1].as_dict()}), and what was removed does not come back."
             )
         bounds.append(here)
-    return dense, [_absolute(budget, here) for budget, here in zip(budgets, bounds, strict=True)], calibrations
+    return dense, [_absolute(budget, here) for budget, here in zip(budgets, bounds, strict=True)], calibrations, data
 
 
 def _check_bytes(budgets: Sequence[Budget]) -> None:
@@ -313,12 +320,21 @@ class _Folder:
             there, here = _untimed(there), _untimed(here)
         else:  # of an earlier version, if it has a budget of latency at all
             here = {name: value for name, value in here.items() if name != "latency"}
+        noted = "data" in there
+        here = here if noted else {name: value for name, value in here.items() if name != "data"}
         for name in (*there, *(name for name in here if name not in there)):
             if there.get(name) != here.get(name):
                 raise ValueError(
                     f"{self.path} holds a ladder with {name} {there.get(name)}, and {here.get(name)} is asked for now: "
                     f"choose another folder, or delete that one."
                 )
+        if not noted:
+            warnings.warn(
+                f"the ladder in {self.path} is of an earlier version, which did not note what its training images "
+                f"were: it cannot be told whether they are as they were. See to it that they are.",
+                stacklevel=3,
+            )
+            self.plan["data"] = plan["data"]
         return self.plan["dense"], self.plan["bounds"]
 
     def network(self, dense: nn.Module, rung: int) -> nn.Module:
