@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +36,22 @@ def check_trainable(model: nn.Module) -> None:
             "pruning; set requires_grad_(True) on what is to be trained. Single frozen parameters are fine: they "
             "are cut, not trained."
         )
+
+
+OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay"}
+"""What options are called elsewhere."""
+
+
+def check_options(given: Iterable[str], known: Collection[str], of: str) -> None:
+    """Refuse names that are no option; say the nearest that is one, or all."""
+    for name in given:
+        if name in known:
+            continue
+        close = difflib.get_close_matches(name, known, n=1)
+        if OTHER_NAMES.get(name) in known:
+            close = [OTHER_NAMES[name]]
+        said = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}."
+        raise TypeError(f"{of} has no option {name!r}; {said}")
 
 
 def check_trace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from .gates import Gated, device_of, ungate
 from .maturity import maturity as maturity_of
 from .maturity import versions
 from .packing import packed, unpacked
-from .preparing import check_trace, check_trainable, warn_of_room, warn_of_unknown, width_options
+from .preparing import check_options, check_trace, check_trainable, warn_of_room, warn_of_unknown, width_options
 from .removal import check_same_model
 from .report import Report, report_of
 from .shrinking import Average, Holders, check_holders, holders, networks_in, shrink
@@ -82,6 +83,7 @@ class Tailor(Gated):
         maturity: float | None = None,
         **options: Any,
     ) -> None:
+        check_options(options, option_names(), "Tailor")
         check_trainable(model)
         budget = Budget.of(budget)
         also = tuple(also)
@@ -401,6 +403,15 @@ class Tailor(Gated):
     def report(self) -> Report:
         """Return requested, current, floor and dense cost, utilisation, strength and widths, as a dict that prints."""
         return report_of(self)
+
+
+def option_names() -> list[str]:
+    """Return the names of a Tailor's options, those of its Controller that it hands on among them."""
+    own = [name for name in inspect.signature(Tailor).parameters if name not in ("model", "budget", "options")]
+    handed_on = [
+        name for name in inspect.signature(Controller).parameters if name not in (*own, "channels", "budget", "device")
+    ]
+    return own + handed_on
 
 
 def _same(here: Any, there: Any) -> bool:

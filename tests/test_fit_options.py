@@ -5,6 +5,7 @@ import inspect
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from tcp_core import evaluate, fit, nets
+from tcp_core import Tailor, evaluate, fit, ladder, nets
 from tcp_core.datasets import sources, streams
 from tcp_core.study import comparators
 from tcp_core.training import objective
@@ -62,6 +63,32 @@ def test_options_that_would_be_ignored_are_refused(images):
             run(images, **options)
 
 
+@pytest.mark.medium
+def test_numbers_of_numpy_are_numbers(images):
+    number, share = np.int64, np.float32
+    found = run(
+        images,
+        **{"epochs": number(1), "batch_size": number(BATCH), "accumulate": number(1), "seed": number(3)},
+        **{"checkpoint_every": number(0), "lr": share(0.125), "momentum": share(0.5), "label_smoothing": share(0.25)},
+    )
+    same(found, run(images, epochs=1, batch_size=BATCH, seed=3, lr=0.125, momentum=0.5, label_smoothing=0.25))
+
+
+def test_misspelt_options_are_found_before_anything_else(images):
+    for name, meant in (("learning_rate", "lr"), ("batchsize", "batch_size"), ("min_widths", "min_width")):
+        with pytest.raises(TypeError, match=f"fit has no option '{name}'; did you mean {meant}\\?"):
+            fit(None, None, epochs=0, **{name: 1})  # of no network, even
+        with pytest.raises(TypeError, match=f"fit has no option '{name}'; did you mean {meant}\\?"):
+            ladder(None, None, budgets=None, epochs=0, **{name: 1})
+    with pytest.raises(TypeError, match="fit has no option 'foo'; it has model, train, .*, phase, lookahead, ramp"):
+        run(images, foo=1)
+    with pytest.raises(TypeError, match=r"Tailor has no option 'lookahed'; did you mean lookahead\?"):
+        Tailor(network(), None, budget={"macs": 0.5}, steps=100, lookahed=0.3)
+    for name in ("steps", "channels", "example_input"):
+        with pytest.raises(TypeError, match=f"{name}= given: .* so leave it out"):
+            run(images, budget={"macs": 0.5}, **{name: 1})
+
+
 def test_options_of_another_object_are_refused(images):
     for name in ("workers", "num_workers"):
         with pytest.raises(TypeError, match=rf"{name}= given: images in memory need none, and a Stream or DataLoader"):
@@ -79,7 +106,14 @@ def test_options_of_another_object_are_refused(images):
         ("checkpoint_every", (-1, 0.5)),
         ("clip", ("1",)),
         ("mixing", (["cutmix"],)),
-        ("seed", (-1, 0.5)),
+        ("seed", (-1, 0.5, True)),
+        ("epochs", (0, 2.0, True)),
+        ("batch_size", (0, 64.0, "64")),
+        ("lr", (0, -1, "0.1", math.inf, math.nan)),
+        ("momentum", (-0.1, 1, 1.5)),
+        ("weight_decay", (-1, -0.05, math.inf)),
+        ("label_smoothing", (-0.5, 1.5)),
+        ("clip", (True,)),
     ],
 )
 def test_numbers_out_of_range(images, name, values):

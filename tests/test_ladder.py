@@ -254,7 +254,9 @@ def test_a_ladder_of_other_images_is_refused(images, tmp_path, capsys):
     more = sources.digits().train.split(352)[1]
     brighter = replace(train, mean=(0.5,))
     for others, said in ((more, "'images': 352"), (brighter, r"'mean': \[0\.5\]")):
-        with pytest.raises(ValueError, match=rf"holds a ladder with data .*'images': 320.* and .*{said}.* is asked for"):
+        with pytest.raises(
+            ValueError, match=rf"holds a ladder with data .*'images': 320.* and .*{said}.* is asked for"
+        ):
             descend((others, val), **how)
     state = json.loads((tmp_path / "ladder.json").read_text())
     del state["plan"]["data"]  # as of an earlier version
@@ -336,6 +338,9 @@ def test_fit_says_where_a_list_of_budgets_is_taken(images):
         ({"epochs": [8, 8, 1]}, ValueError, "steps=10 is too short"),
         ({"unused": ["nothing"]}, ValueError, "nothing"),
         ({"epochs": [8, 8]}, ValueError, "3 budgets and 2 numbers of epochs"),
+        ({"epochs": 3.0}, ValueError, "epochs=3.0; it must be an int"),
+        ({"budgets": {"macs": 0.5}}, TypeError, r"budgets=\{'macs': 0.5\}; a ladder takes a list"),
+        ({"weight_decay": -1}, ValueError, "weight_decay=-1; it must be"),
         ({"prune": None}, TypeError, "budgets="),
         ({"min_width": 0.5}, ValueError, "min_width=0.5: on a ladder a share"),
     ],

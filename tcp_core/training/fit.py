@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +17,9 @@ from ..channels import Channels
 from ..controller import Controller
 from ..cost import Budget
 from ..datasets.images import Images
+from ..preparing import check_options
 from ..state import keeping_modes
-from ..tailor import Tailor
+from ..tailor import Tailor, option_names
 from ..tracing import trace
 from . import identity
 from .averaging import Average
@@ -139,11 +144,15 @@ def fit(
             and the optimiser's state are as before that step.
         CheckpointError: if a checkpoint cannot be written, or the folder has those of another run.
     """
+    check_names(tailoring)
     device = device_of(model, device)
     check_precision(precision, device)
     given = {"epochs": epochs, "seed": seed, "accumulate": accumulate, "checkpoint_every": checkpoint_every}
-    given |= {"warmup": warmup, "restart": restart, "clip": clip, "ema": ema}
-    _check(given | {"teacher_weight": teacher_weight, "temperature": temperature}, tailoring)
+    given |= {"batch_size": batch_size, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    given |= {"warmup": warmup, "restart": restart, "clip": clip, "ema": ema, "label_smoothing": label_smoothing}
+    check_numbers(given | {"teacher_weight": teacher_weight, "temperature": temperature})
+    epochs, accumulate, checkpoint_every = int(epochs), int(accumulate), int(checkpoint_every)  # NumPy's, too
+    batch_size, seed = (None if number is None else int(number) for number in (batch_size, seed))
     _check_pruning(budget, prune, tailoring)
     budget = None if budget is None else Budget.of(budget)
     _check_objective(loss, label_smoothing, teacher, teacher_weight, temperature)
@@ -226,7 +235,7 @@ def fit(
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda number: isinstance(number, int) and number >= least
+    return lambda number: isinstance(number, Integral) and number >= least
 
 
 ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -234,6 +243,11 @@ ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seed": ("an int of at least 0, or None", lambda seed: seed is None or _whole(0)(seed)),
     "accumulate": ("an int of at least 1", _whole(1)),
     "checkpoint_every": ("an int of at least 0 steps, 0 for one an epoch", _whole(0)),
+    "batch_size": ("an int of at least 1, or None", lambda size: size is None or _whole(1)(size)),
+    "lr": ("a finite number above 0, or None", lambda rate: rate is None or 0 < rate < math.inf),
+    "momentum": ("a number in [0, 1), or None", lambda share: share is None or 0 <= share < 1),
+    "weight_decay": ("a finite number of at least 0, or None", lambda rate: rate is None or 0 <= rate < math.inf),
+    "label_smoothing": ("a share of the label in [0, 1]", lambda share: 0 <= share <= 1),
     "warmup": ("a share of the run in [0, 1), or None", lambda share: share is None or 0 <= share < 1),
     "restart": ("a share of the run in [0, 1), 0 for no restart", lambda share: 0 <= share < 1),
     "clip": ("a norm above 0, or None", lambda norm: norm is None or norm > 0),
@@ -244,21 +258,42 @@ ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 """What numbers may be, in words, and whether one is that."""
 
 
-def _check(given: Mapping[str, Any], tailoring: Mapping) -> None:
-    """Refuse numbers out of range, and options that are another object's."""
-    for name, value in given.items():
-        allowed, right = ALLOWED[name]
+def check_numbers(given: Mapping[str, Any]) -> None:
+    """Refuse numbers out of range, of those options in ``given`` that are numbers."""
+    for name, (allowed, right) in ALLOWED.items():
+        if name not in given:
+            continue
+        value = given[name]
         try:
-            fits = right(value)
-        except TypeError:  # no number at all
+            fits = not isinstance(value, bool | np.bool_) and right(value)
+        except (TypeError, RuntimeError):  # no number at all, or several in a tensor
             fits = False
         if not fits:
             raise ValueError(f"{name}={value!r}; it must be {allowed}.")
-    for name in {"workers", "num_workers"} & tailoring.keys():
-        raise TypeError(
-            f"{name}= given: images in memory need none, and a Stream or DataLoader is built with its own: "
-            f"Stream(..., workers=8), DataLoader(..., num_workers=8)."
-        )
+
+
+FOUND = {
+    "steps": "the steps are counted from epochs",
+    "channels": "the network is traced here",
+    "example_input": "the example is taken from train",
+}
+"""What a Tailor needs and :func:`fit` gives it."""
+
+
+def check_names(given: Iterable[str]) -> None:
+    """Refuse what is no option of :func:`fit`, nor one of a Tailor that it hands on."""
+    own = [name for name in inspect.signature(fit).parameters if name != "tailoring"]
+    for name in given:
+        if name in ("workers", "num_workers"):
+            raise TypeError(
+                f"{name}= given: images in memory need none, and a Stream or DataLoader is built with its own: "
+                f"Stream(..., workers=8), DataLoader(..., num_workers=8)."
+            )
+        if name in FOUND:
+            raise TypeError(
+                f"{name}= given: {FOUND[name]}, so leave it out. In a loop of one's own tcp.Tailor takes it."
+            )
+    check_options(given, [*own, *(name for name in option_names() if name not in FOUND)], "fit")
 
 
 def _check_objective(loss, label_smoothing, teacher, teacher_weight, temperature) -> None:

@@ -26,7 +26,7 @@ from ..tracing import trace
 from . import checkpoints
 from .batches import by_epoch
 from .evaluation import device_of
-from .fit import fit
+from .fit import check_names, check_numbers, fit
 from .frames import printed, say, training_cost
 from .identity import described, of_data
 from .processes import agree, gathered, rank_and_world
@@ -95,8 +95,17 @@ def ladder(
     """
     if refused := {"budget", "prune", "checkpoints"} & options.keys():
         raise TypeError(f"{', '.join(sorted(refused))}: a ladder takes budgets=[...], and folder=... for checkpoints.")
+    check_names(options)
+    check_numbers(options)
+    if isinstance(budgets, Budget | Mapping | str) or not isinstance(budgets, Iterable):
+        raise TypeError(
+            f"budgets={budgets!r}; a ladder takes a list of budgets, such as [{{'macs': 0.7}}, {{'macs': 0.5}}]."
+        )
     budgets = [Budget.of(budget) for budget in budgets]
-    epochs = [epochs] * len(budgets) if isinstance(epochs, int) else list(epochs)
+    epochs = list(epochs) if isinstance(epochs, Iterable) else [epochs] * len(budgets)
+    for passes in epochs:
+        check_numbers({"epochs": passes})
+    epochs = [int(passes) for passes in epochs]
     if not budgets or len(epochs) != len(budgets):
         raise ValueError(
             f"{len(budgets)} budgets and {len(epochs)} numbers of epochs; give one for each, at least one."

@@ -27,7 +27,7 @@ def optimise(
     Raises TypeError if a value is given that the user's own optimiser brings itself.
     """
     if optimizer is None:
-        lr, momentum = LR if lr is None else lr, MOMENTUM if momentum is None else momentum
+        lr, momentum = float(LR if lr is None else lr), float(MOMENTUM if momentum is None else momentum)  # NumPy's too
         sgd = partial(torch.optim.SGD, lr=lr, momentum=momentum, nesterov=momentum > 0)
         return partial(_made, sgd, WEIGHT_DECAY if weight_decay is None else weight_decay)
     for name, value in (("lr", lr), ("momentum", momentum)):
