@@ -1,4 +1,4 @@
-"""Writing a file so that whoever finds it finds all of it."""
+"""Where a file is, and writing it so that whoever finds it finds all of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import nn
+
+
+def expanded(path: str | os.PathLike) -> Path:
+    """Return ``path`` with a ``~`` at its start as the home folder.
+
+    Raises:
+        TypeError: if it is no path; where it is a network, the arguments may have changed places.
+    """
+    if not isinstance(path, str | os.PathLike):
+        swapped = " A network comes first, where there is one, then the path." if isinstance(path, nn.Module) else ""
+        raise TypeError(f"{type(path).__name__} given as a path; it must be text or a pathlib.Path.{swapped}")
+    return Path(path).expanduser()
 
 
 @contextmanager

@@ -11,11 +11,13 @@ parameter itself: optimisers, clipping, ``state_dict`` and whatever else holds t
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -275,22 +277,49 @@ UNGATED = "is still being tailored, and without its gates it is the dense networ
 """What to say of a model with idle gates."""
 
 
-def unwrapped(model: nn.Module, verb: str) -> nn.Module:
-    """Return the module inside torch.compile's and the parallel wrappers; a network with gates is refused, by what was
-    to be done with it, and one that is still being tailored is warned of.
-    """
+def bare(model: nn.Module) -> nn.Module:
+    """Return the module inside torch.compile's and the parallel wrappers."""
     while True:
-        if isinstance(model, Gated):
-            raise ValueError(
-                f"this is a {type(model).__name__}, a network with gates; {verb} what its finish() returns, which is "
-                f"plain and smaller."
-            )
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
         else:
-            break
+            return model
+
+
+def check_module(model: Any, verb: str) -> None:
+    """Refuse what is no network, by what was to be done with it, and say where one may be found in it."""
+    if isinstance(model, nn.Module):
+        return
+    how = f"{verb} a network, a torch.nn.Module"
+    if isinstance(getattr(model, "model", None), nn.Module):
+        how = f"{verb} its .model"
+    elif isinstance(model, Mapping):
+        how = f"build the network, give it these weights (load_state_dict) and {verb} that"
+    elif callable(model):
+        how = f"call it, and {verb} the network that it returns"
+    elif isinstance(model, str | os.PathLike):
+        how = "the network comes first, then the path"
+    kind = f"a {type(model).__name__}"
+    if isinstance(model, type | FunctionType):
+        kind = f"the {'class' if isinstance(model, type) else 'function'} {model.__name__}"
+    raise TypeError(f"this is {kind}, no network; {how}.")
+
+
+def check_ungated(model: Any, verb: str, instead: str = "what it was made of, or what its finish() returns") -> None:
+    """Refuse what is no network, or one with gates, in a wrapper too; say what to do it with ``instead``."""
+    check_module(model, verb)
+    if isinstance(bare(model), Gated):
+        raise ValueError(f"this is a {type(bare(model)).__name__}, a network with gates; {verb} {instead}.")
+
+
+def unwrapped(model: nn.Module, verb: str) -> nn.Module:
+    """Return the module inside torch.compile's and the parallel wrappers; a network with gates is refused, by what was
+    to be done with it, and one that is still being tailored is warned of.
+    """
+    check_ungated(model, verb, "what its finish() returns, which is plain and smaller")
+    model = bare(model)
     if idle_gates(model) is not None:
         warnings.warn(
             f"this {type(model).__name__} {UNGATED}: not within the budget, and not what tailor(x) computes. "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import foreign
+from .files import expanded
 
 
 def build(name: str, *, num_classes: int, in_channels: int = 3) -> nn.Module:
@@ -49,7 +50,7 @@ def load_weights(model: nn.Module, place: str | Path, *, name: str = "") -> None
     The counters ``num_batches_tracked`` of batch norms may be absent. Raises FileNotFoundError where there is no such
     file or nothing can be fetched, ValueError for a file of something else, another network or other classes.
     """
-    given = _published(name) if place == "published" else _weights(Path(place))
+    given = _published(name) if place == "published" else _weights(expanded(place))
     where = f"the published weights of {name}" if place == "published" else str(place)
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     shapes = {key: tuple(value.shape) for key, value in given.items()}

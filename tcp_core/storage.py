@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn, uint8
 
-from .files import beside
-from .gates import unwrapped
+from .files import beside, expanded
+from .gates import check_module, unwrapped
 from .removal import dense_shapes, own_parameter, own_tensors, resized
 
 KEY = "tailored_channel_pruning"
@@ -42,8 +42,18 @@ def save(model: nn.Module, path: str | Path) -> Path:
     network, the groups of modules, their channel padding and the width of bare norms, and the SHA-256 of all of it. It
     is whole or not there. What modules return from ``get_extra_state`` may be anything, so it is not stored, and a
     warning says so.
+
+    Raises:
+        ValueError: for another suffix, or a Tailor, whose network ``finish()`` returns.
+        OSError: if the file cannot be written.
     """
-    path, model = Path(path), unwrapped(model, "save")
+    path = expanded(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{str(path)!r} ends in {path.suffix or 'nothing'!r}; it must end in .safetensors, as such a file is "
+            f"written. For ONNX files and torch's archives there is tcp_core.export."
+        )
+    model = unwrapped(model, "save")
     if extra := _with_extra_state(model):
         warnings.warn(
             f"{path} will not hold the extra state of {', '.join(map(repr, extra[:3]))}"
@@ -82,7 +92,8 @@ def load(dense_model: nn.Module, path: str | Path) -> nn.Module:
         FileError: if it is truncated, changed, a pickle, contradicts itself or is of another network or version; the
             message says which, and what differs.
     """
-    path = Path(path)
+    path = expanded(path)
+    check_module(dense_model, "load into")
     dense = _tensors(dense_model)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; give the path that save() returned.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .channels import Channels
 from .controller import Controller
 from .cost import Budget
-from .gates import Gated, device_of, ungate
+from .gates import Gated, check_ungated, device_of, ungate
 from .maturity import maturity as maturity_of
 from .maturity import versions
 from .packing import packed, unpacked
@@ -84,6 +84,7 @@ class Tailor(Gated):
         **options: Any,
     ) -> None:
         check_options(options, option_names(), "Tailor")
+        check_ungated(model, "tailor")
         check_trainable(model)
         budget = Budget.of(budget)
         also = tuple(also)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from zoo import counted
 
-from tcp_core import Budget, BudgetError, Tailor, close, evaluate, fit, nets, remove, trace
+from tcp_core import Budget, BudgetError, Tailor, close, evaluate, fit, ladder, nets, remove, trace
 from tcp_core.datasets import sources
 
 STEPS = 96
@@ -316,6 +316,31 @@ def test_a_misspelt_option(model, x, batches):
         fit(model, batches, budget={"macs": 0.5}, epochs=1, min_widths=2)
     with pytest.raises(TypeError, match=r"options \['min_width'\] need a budget"):
         fit(model, batches, budget=None, epochs=1, min_width=2)
+
+
+def test_a_tailor_in_the_place_of_a_network(model, x, batches):
+    tailor = Tailor(model, x, budget={"macs": 0.5}, steps=STEPS)
+    for wrong in (tailor, nn.DataParallel(tailor)):
+        for verb, use in (
+            ("trace", lambda wrong: trace(wrong, x)),
+            ("tailor", lambda wrong: Tailor(wrong, x, budget={"macs": 0.5}, steps=STEPS)),
+            ("train", lambda wrong: fit(wrong, batches, budget={"macs": 0.5}, epochs=1)),
+            ("train", lambda wrong: ladder(wrong, batches, budgets=[{"macs": 0.5}], epochs=1)),
+        ):
+            with pytest.raises(ValueError, match=f"a Tailor, a network with gates; {verb} what it was made of, or"):
+                use(wrong)
+
+
+def test_what_is_no_network(model, x, batches):
+    for verb, use in (
+        ("trace", lambda wrong: trace(wrong, x)),
+        ("train", lambda wrong: fit(wrong, batches, epochs=1)),
+        ("evaluate", lambda wrong: evaluate(wrong, model)),
+    ):
+        with pytest.raises(TypeError, match=f"this is the function small_resnet, no network; call it, and {verb} the"):
+            use(nets.small_resnet)
+        with pytest.raises(TypeError, match=f"this is a list, no network; {verb} a network"):
+            use(batches)
 
 
 def test_a_trace_of_another_model(model, x, channels):

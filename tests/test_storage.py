@@ -68,6 +68,13 @@ def test_extra_state_is_not_stored_and_said_so(tmp_path, images):
     assert torch.equal(outputs(small, images)[0], outputs(loaded, images)[0])
 
 
+@pytest.mark.parametrize("name", ["small.pt", "small", "small.safetensors.gz", "small.onnx"])
+def test_another_suffix_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"ends in '\S+'; it must end in \.safetensors, as such a file is written"):
+        save(nn.Linear(2, 2), tmp_path / name)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.fixture
 def images():
     return torch.randn(2, 1, 8, 8)

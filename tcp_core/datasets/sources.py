@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..files import beside, first_line, save_hashed
+from ..files import beside, expanded, first_line, save_hashed
 from .images import Images
 
 # Inputs of the published CIFAR-10 and ImageNet weights: load(..., **IMAGENET_STATISTICS)
@@ -55,7 +55,7 @@ def load(
 
     Raises ValueError or FileNotFoundError, saying what to do, if there is no such data set.
     """
-    cifar = name_or_path == "cifar10" or (Path(name_or_path).expanduser() / "cifar-10-batches-py").is_dir()
+    cifar = name_or_path == "cifar10" or (expanded(name_or_path) / "cifar-10-batches-py").is_dir()
     if size is not None and (cifar or name_or_path == "digits"):
         raise ValueError(
             f"size={size} given, to which the images of a folder are resized; {'cifar10' if cifar else 'digits'} has "
@@ -107,7 +107,7 @@ def cifar10(
     """
     from torchvision.datasets import CIFAR10
 
-    root, parts = Path(root).expanduser(), []
+    root, parts = expanded(root), []
     for train in (True, False):
         try:
             part = CIFAR10(str(root), train=train, download=download)
@@ -141,12 +141,12 @@ def image_folder(
     Raises FileNotFoundError for a missing or empty folder, ValueError for an unreadable image, for
     images of several sizes without `size`, and for parts whose classes differ.
     """
-    root = Path(root).expanduser().resolve()
+    root = expanded(root).resolve()
     files = {part: class_files(root / part, classes) for part, classes in folder_parts(root).items()}
     size = (size, size) if isinstance(size, int) else size
     if cache is None:
         cache = os.environ.get("TCP_CACHE") or "~/.cache/tcp_core"
-    parts = {part: _read(root / part, files[part], size, Path(cache).expanduser()) for part in files}
+    parts = {part: _read(root / part, files[part], size, expanded(cache)) for part in files}
     shapes = {part: tuple(images.pixels.shape[2:]) for part, images in parts.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"the images of {root} differ in height and width: {shapes}; pass size to resize them")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
+from ..files import expanded
 from .images import stratified
 from .sources import IMAGENET_STATISTICS, Splits, class_files, class_folders, folder_parts, rgb
 
@@ -42,7 +43,7 @@ def load(
         FileNotFoundError: if a folder is missing or empty.
         ValueError: if the parts' classes differ, or no image would be left to train on or to validate with.
     """
-    root = Path(root).expanduser().resolve()
+    root = expanded(root).resolve()
     options = {"size": size, "batch_size": batch_size, "workers": workers, "seed": seed, "skip_corrupt": skip_corrupt}
     # the folders' names are compared first: to list the files of a million images takes minutes
     parts = {part: Stream(root / part, train=part == "train", **options) for part in folder_parts(root)}
@@ -100,7 +101,7 @@ class Stream:
         for name, number, least in (("size", size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
             if not isinstance(number, int) or number < least:
                 raise ValueError(f"{name}={number!r}; it must be an int of at least {least}.")
-        folder = os.path.expanduser(root)
+        folder = os.fspath(expanded(root))
         try:
             self.classes = tuple(class_folders(folder))
             files = class_files(folder, self.classes)

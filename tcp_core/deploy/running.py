@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..files import beside
+from ..files import beside, expanded
 from .exporting import ExportError, require
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ def session(path: str | Path, *, threads: int = 1, profile: str | Path | None = 
     require("onnxruntime")
     import onnxruntime
 
-    if not Path(path).is_file():
+    path = expanded(path)
+    if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; give the path that export() returned.")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -110,7 +111,7 @@ def quantise(
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    path, out = Path(path), Path(out)
+    path, out = expanded(path), expanded(out)
     if not len(images):
         raise ValueError("no images to calibrate on; give about a hundred of the training images.")
     name = input_of(session(path), path)

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ..channels import Channels
 from ..cost import CostBuilder, CostModel
+from ..files import expanded
 from ..packing import unpacked
 from ..preparing import LIKED
 from ..removal import remove
@@ -88,9 +89,9 @@ class Latency:
         self.place = {**self.backend.identity(), "batch": batch, "threads": threads}
         if table is None and not callable(backend):
             key = hashlib.sha256(repr(sorted(self.place.items())).encode()).hexdigest()[:12]
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
             table = cache / "tcp_core" / f"latency-{key}.json"
-        self.table = Table.at(None if table is None else Path(table), self.place)
+        self.table = Table.at(None if table is None else expanded(table), self.place)
 
     def __repr__(self) -> str:
         return f"Latency({', '.join(f'{key} {value}' for key, value in self.place.items())})"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..channels import Channels, Family
+from ..gates import check_ungated
 from ..removal import remove
 from ..state import left_as_found
 from ..verification import (
@@ -134,6 +135,7 @@ def trace(
             example is on another device, a pattern matches no module, the output has no values that could be
             compared, or a layer that no call reaches takes what nothing in the network has.
     """
+    check_ungated(model, "trace")
     _check_written_in_python(model)
     example = _samples(model, example_input, 1)
     ignored = _matching_modules(model, [ignore] if isinstance(ignore, str) else list(ignore), "ignore")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..datasets.images import Images
-from ..gates import UNGATED, idle_gates
+from ..gates import UNGATED, check_module, idle_gates
 from ..hardware import device_name, has_bf16_kernels
 from ..state import keeping_modes
 from .batches import by_epoch, channels_last
@@ -42,6 +42,7 @@ def evaluate(
     Raises:
         ValueError: for another precision, no images, or a label that the network has no output for.
     """
+    check_module(model, "evaluate")
     device = device_of(model, device)
     check_precision(precision, device)
     gates = idle_gates(model)

@@ -17,6 +17,8 @@ from ..channels import Channels
 from ..controller import Controller
 from ..cost import Budget
 from ..datasets.images import Images
+from ..files import expanded
+from ..gates import check_ungated
 from ..preparing import check_options
 from ..state import keeping_modes
 from ..tailor import Tailor, option_names
@@ -145,6 +147,8 @@ def fit(
         CheckpointError: if a checkpoint cannot be written, or the folder has those of another run.
     """
     check_names(tailoring)
+    check_ungated(model, "train")
+    checkpoints = None if checkpoints is None else expanded(checkpoints)
     device = device_of(model, device)
     check_precision(precision, device)
     given = {"epochs": epochs, "seed": seed, "accumulate": accumulate, "checkpoint_every": checkpoint_every}

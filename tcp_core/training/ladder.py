@@ -17,7 +17,8 @@ from torch import nn
 from ..controller import Controller
 from ..cost import Budget, BudgetError
 from ..datasets.images import Images
-from ..files import beside
+from ..files import beside, expanded
+from ..gates import check_ungated
 from ..latency.place import Latency
 from ..maturity import maturity
 from ..preparing import width_options
@@ -97,6 +98,7 @@ def ladder(
         raise TypeError(f"{', '.join(sorted(refused))}: a ladder takes budgets=[...], and folder=... for checkpoints.")
     check_names(options)
     check_numbers(options)
+    check_ungated(model, "train")
     if isinstance(budgets, Budget | Mapping | str) or not isinstance(budgets, Iterable):
         raise TypeError(
             f"budgets={budgets!r}; a ladder takes a list of budgets, such as [{{'macs': 0.7}}, {{'macs': 0.5}}]."
@@ -119,7 +121,7 @@ def ladder(
         options["teacher"] = copy.deepcopy(options["teacher"])  # the network itself gets smaller
     device = device_of(model, options.get("device"))
     model.to(device)  # as fit does
-    place = None if folder is None else _Folder(Path(folder))
+    place = None if folder is None else _Folder(expanded(folder))
     done = [] if place is None else place.rungs
     agree({"rungs": len(done), "begun": place is not None and bool(place.plan)})  # one folder for all
     timed = None if place is None else place.timed

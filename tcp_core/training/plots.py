@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..channels import Channels
 from ..cost import Budget
+from ..files import expanded
 from .frames import HISTORY, TRAJECTORY, WIDTHS, require
 
 COLORS = {
@@ -83,7 +84,7 @@ def save_figure(fig: Figure, path_stem: str | Path) -> tuple[Path, Path]:
 
     The same figure gives the same files, byte for byte: no date, no random identifiers.
     """
-    stem = Path(path_stem)
+    stem = expanded(path_stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     svg, png = (stem.with_name(stem.name + suffix) for suffix in (".svg", ".png"))
     with mpl.rc_context({"svg.hashsalt": "tailored channel pruning", "savefig.dpi": 200}):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..channels import Channels
+from ..files import expanded
 from .frames import HISTORY, printed
 from .processes import rank_and_world
 
@@ -56,7 +57,8 @@ class Watch:
     ):
         if tensorboard is not None:
             _summary_writer()
-            Path(tensorboard).mkdir(parents=True, exist_ok=True)
+            tensorboard = expanded(tensorboard)
+            tensorboard.mkdir(parents=True, exist_ok=True)
         self.dense, self.epochs, self.folder = channels.cost(), epochs, tensorboard
         self.rows: list[dict] = []
         self._asked, self._next_drawing = live, 0.0
