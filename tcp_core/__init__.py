@@ -4,6 +4,8 @@ Three lines in a training loop (`Tailor`), one call without one (`fit`), or the 
 `close`, `remove`, `save`, `load`, and `export` for other runtimes.
 """
 
+from importlib import metadata
+
 from .channels import Channels
 from .controller import Controller
 from .cost import Budget, BudgetError
@@ -21,6 +23,11 @@ from .training.ladder import Ladder, ladder
 from .training.run import FitResult
 from .verification import RemovalError
 
+try:
+    __version__ = metadata.version("tcp-core")
+except metadata.PackageNotFoundError:  # a clone that is on the path
+    __version__ = "unknown"
+
 __all__ = [
     "Budget",
     "BudgetError",
@@ -35,6 +42,7 @@ __all__ = [
     "RemovalError",
     "Report",
     "Tailor",
+    "__version__",
     "close",
     "evaluate",
     "export",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cost import Budget, Cost, CostModel
+from .cost import Budget, Cost, CostModel, check_bytes_at
 from .explanation import Cause, Explanation, Row, advice, in_words, without_parameters
 from .memory import Activations, weights_at
 
@@ -146,8 +146,9 @@ class Channels:
         """Return ``{"memory": int, "weights": int}`` in bytes of the network that keeps ``open_units`` (default: all).
 
         Most that activations take at one time, for ``batch`` samples in eval mode, and parameters and buffers; see
-        :class:`~tcp_core.Budget` for ``precision``.
+        :class:`~tcp_core.Budget` for ``precision``. Raises BudgetError for another precision, or a batch below 1.
         """
+        check_bytes_at(precision, batch)
         open_units = None if open_units is None else self.check(open_units)
         costs = self.activations.at(precision, batch), weights_at(self.state, precision)
         return {name: value for cost in costs for name, value in cost.exact(open_units).items()}

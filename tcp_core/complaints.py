@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .channels import Channels, Family
-from .cost import amount
+from .cost import Budget, amount
 from .explanation import in_words, without_parameters
 from .selection import required_units
 
@@ -35,12 +35,22 @@ def nothing_prunable(channels: Channels) -> str:
 
 def below_floor(controller: Any, cost: str) -> str:
     """Say that no network of these families is within a budget, where the smallest lies, and what keeps it there."""
-    bound, dense, floor = controller.bounds[cost], controller.dense[cost], controller.floor[cost]
+    name, factor = _as_asked(controller, cost)
+    bound, dense, floor = (factor * each[cost] for each in (controller.bounds, controller.dense, controller.floor))
     return (
-        f"the {cost} budget of {amount(cost, bound)} ({bound / dense:.2%} of the dense {amount(cost, dense)}) is below "
+        f"the {name} budget of {amount(cost, bound)} ({bound / dense:.2%} of the dense {amount(cost, dense)}) is below "
         f"the floor: with {_fewest(controller)} in each family the smallest network has {amount(cost, floor)} "
-        f"({floor / dense:.2%}). Give {cost} >= {amount(cost, floor).replace(',', '')}, {_holders(controller, cost)}"
+        f"({floor / dense:.2%}). Give {name} >= {amount(cost, floor).replace(',', '')}, {_holders(controller, cost)}"
     )
+
+
+def _as_asked(controller: Any, cost: str) -> tuple[str, int]:
+    """Return what the user calls a cost, and how many of that one of ours is: a bound on macs may be one on flops."""
+    flops = controller.budget.flops
+    if cost == "macs" and flops is not None:
+        if Budget(flops=flops).resolve(controller.dense)["macs"] == controller.bounds["macs"]:
+            return "flops", 2
+    return cost, 1
 
 
 def _fewest(controller: Any) -> str:

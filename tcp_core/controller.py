@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import complaints
 from .channels import Channels
-from .cost import Budget, BudgetError, Costs, Measured
+from .cost import Budget, BudgetError, Costs, Measured, is_number, is_whole
 from .maturity import phase_of
 from .selection import USED_UP, fill, liked, required_units, settle, tighten
 
@@ -100,11 +100,12 @@ class Controller:
         latency: Measured | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        candidates = [multiple] if isinstance(multiple, int) else [*multiple]
-        if not candidates or not all(isinstance(each, int) and each >= 1 for each in candidates):
+        candidates = list(multiple) if isinstance(multiple, Sequence) else [multiple]
+        if not candidates or not all(is_whole(each) and each >= 1 for each in candidates):
             raise ValueError(f"multiple={multiple!r}; it must be an int of at least 1, 1 for widths of any size.")
-        if isinstance(min_width, float):
-            min_width = float(min_width)  # NumPy's own would be in the state, which could not be loaded safely
+        candidates = [int(each) for each in candidates]  # NumPy's own would be in the state, which could not be loaded
+        if is_whole(min_width) or isinstance(min_width, float):
+            min_width = int(min_width) if is_whole(min_width) else float(min_width)
         self.channels, self.budget, self.min_width, self.latency = channels, Budget.of(budget), min_width, latency
         if self.budget.latency is not None and latency is None:
             raise BudgetError(
@@ -122,11 +123,12 @@ class Controller:
             self._resolve()
             if all(bound >= self.floor[name] for name, bound in self.bounds.items()):
                 break
-        if not isinstance(maturity, (int, float)) or not 0 <= maturity <= 1:
+        if not is_number(maturity) or not 0 <= maturity <= 1:
             raise ValueError(f"maturity={maturity!r}; it must be a number from 0 (a fresh network) to 1 (trained).")
         self.placed = isinstance(phase, str) and phase == "auto"
-        if not isinstance(steps, int):
+        if not is_whole(steps):
             raise ValueError(f"steps={steps!r}; it must be an int, the number of optimiser steps of the whole run.")
+        steps = int(steps)
         if self.placed:
             phase = phase_of(maturity, steps)
         self._check(channels, phase, lookahead, ramp)
@@ -187,10 +189,11 @@ class Controller:
         if not channels.prunable.any():
             raise ValueError(complaints.nothing_prunable(channels))
         pair = isinstance(phase, (tuple, list)) and len(phase) == 2
-        if not pair or not 0 <= phase[0] < phase[1] <= 1 or not 0 < lookahead < 1 or not 0 < ramp <= 1:
+        numbers = pair and all(map(is_number, (*phase, lookahead, ramp)))
+        if not numbers or not 0 <= phase[0] < phase[1] <= 1 or not 0 < lookahead < 1 or not 0 < ramp <= 1:
             raise ValueError(
                 f'phase must be "auto" or two rising shares of the run in [0, 1], lookahead in (0, 1) and ramp in '
-                f"(0, 1]; got {phase!r}, {lookahead}, {ramp}."
+                f"(0, 1]; got {phase!r}, {lookahead!r}, {ramp!r}."
             )
         for name, bound in self.bounds.items():
             if bound < self.floor[name]:

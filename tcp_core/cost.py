@@ -11,6 +11,7 @@ latency, which is a table of measurements, stand beside it.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,16 @@ _MILLISECONDS = {"ms": 1.0, "us": 1e-3, "\u00b5s": 1e-3, "\u03bcs": 1e-3, "s": 1
 
 PRECISIONS = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 """Bytes of a number, for budgets in bytes."""
+
+
+def is_whole(value: Any) -> bool:
+    """Say whether something is a whole number, Python's or NumPy's; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Say whether something is a real number, Python's or NumPy's; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 class BudgetError(ValueError):
@@ -77,10 +88,7 @@ class Budget:
             )
         for key, value in self._bounds().items():
             _parse(key, value)
-        if self.precision is not None and self.precision not in PRECISIONS:
-            raise BudgetError(f"budget precision={self.precision!r}; it must be one of {', '.join(PRECISIONS)}.")
-        if isinstance(self.batch, bool) or not isinstance(self.batch, Integral) or self.batch < 1:
-            raise BudgetError(f"budget batch={self.batch!r}; it must be an int of at least 1.")
+        check_bytes_at(self.precision, self.batch, "budget ")
         given = ", ".join(self._bounds())
         if self.precision is not None and self.memory is None and self.weights is None:
             raise BudgetError(
@@ -105,7 +113,9 @@ class Budget:
                 f"a budget is a Budget or a dict with keys among {allowed}, for example {{'macs': 0.5}}; got {value!r}."
             )
         if unknown := [key for key in value if key not in allowed]:
-            raise BudgetError(f"unknown budget key {unknown[0]!r}; allowed keys are {allowed}.")
+            close = difflib.get_close_matches(str(unknown[0]).lower(), allowed, n=1)
+            meant = f" Did you mean {close[0]}?" if close else ""
+            raise BudgetError(f"unknown budget key {unknown[0]!r}; allowed keys are {allowed}.{meant}")
         return cls(**value)
 
     def resolve(self, dense: Mapping[str, float]) -> dict[str, float]:
@@ -150,6 +160,14 @@ class Budget:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
+def check_bytes_at(precision: str | None, batch: int, of: str = "") -> None:
+    """Raise BudgetError unless bytes can be counted at this precision, and for so many samples."""
+    if precision is not None and precision not in tuple(PRECISIONS):
+        raise BudgetError(f"{of}precision={precision!r}; it must be one of {', '.join(PRECISIONS)}.")
+    if not is_whole(batch) or batch < 1:
+        raise BudgetError(f"{of}batch={batch!r}; it must be an int of at least 1.")
+
+
 def amount(name: str, value: float) -> str:
     """Return a cost as text, with its unit where it has one."""
     if name == "latency":
@@ -191,7 +209,7 @@ def _parse(key: str, value: float | int | str) -> float | int:
             return float(digits) * unit
         else:
             number = round(float(digits) * unit)
-    if isinstance(number, bool) or not isinstance(number, Real) or number != number:
+    if not is_number(number) or number != number:
         raise BudgetError(f"budget {key} is not a number: {how}")
     if number <= 0:
         raise BudgetError(f"budget {key} must be positive: {how}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -117,8 +118,11 @@ def warn_of_room(bounds: Mapping[str, float], dense: Mapping[str, float]) -> Non
 def width_options(model: nn.Module, channels: Channels, budget: Budget, multiple: Any, latency: Any) -> dict[str, Any]:
     """Return the options of :class:`Controller` that say what widths may be and how latency is known."""
     auto = multiple == "auto"
-    if isinstance(multiple, str) and not auto:
+    if not auto and (isinstance(multiple, str) or not isinstance(multiple, Integral | Sequence)):
         raise ValueError(f"multiple={multiple!r}; it must be an int of at least 1, or 'auto'.")
+    if latency is not None and (isinstance(latency, type) or not hasattr(latency, "cost")):
+        place = repr(latency) if isinstance(latency, str) else "..."
+        raise TypeError(f"latency={latency!r}; it must be the place of measurement, latency=tcp.Latency({place}).")
     if budget.latency is None:
         if latency is not None and not auto:
             raise ValueError(

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .channels import Channels, Family
-from .cost import Cost
+from .cost import Cost, is_whole
 
 
 def least(min_width: int | float, family: Family) -> int:
     """Return the fewest units that stay in a family: so many, or that share of its units, rounded up."""
-    return min_width if isinstance(min_width, int) else math.ceil(min_width * len(family.units) - 1e-9)
+    return int(min_width) if is_whole(min_width) else math.ceil(min_width * len(family.units) - 1e-9)
 
 
 def required_units(channels: Channels, min_width: int | float, multiple: int = 1) -> Tensor:
@@ -29,7 +29,7 @@ def required_units(channels: Channels, min_width: int | float, multiple: int = 1
     With ``multiple``, in each family a multiple of so many channels, or all of them.
     """
     share = isinstance(min_width, float) and 0 < min_width < 1
-    if not share and (not isinstance(min_width, int) or min_width < 1):
+    if not share and (not is_whole(min_width) or min_width < 1):
         raise ValueError(
             f"min_width must be an int of at least 1, so that no layer empties, or a share of each family's units as a "
             f"float in (0, 1); got {min_width!r}."

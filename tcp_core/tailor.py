@@ -23,7 +23,7 @@ from .report import Report, report_of
 from .shrinking import Average, Holders, check_holders, holders, networks_in, shrink
 from .tracing import trace
 
-SAID_LATER = ("bytes_at", "place")
+SAID_LATER = ("bytes_at", "place", "maturity")
 """What states of earlier versions do not say of their run; they are taken without."""
 
 
@@ -100,6 +100,7 @@ class Tailor(Gated):
         super().__init__(model, channels)
         self.channels, self.budget, self.controller = channels, budget, controller
         warn_of_room(self.controller.bounds, self.controller.dense)
+        self.maturity = None if maturity is None else self.controller.maturity  # as it was given
         self.weights_of_start = None if maturity is not None else versions(model)
         self.looked = False  # whether a forward pass has looked at them
         warn_of_unknown(channels)
@@ -393,6 +394,7 @@ class Tailor(Gated):
             "steps": controller.steps,
             # where "auto" has put the phase is in the controller's own state: the weights may be others by now
             "phase": "auto" if controller.placed else [controller.start, controller.end],
+            "maturity": self.maturity,
             **{"lookahead": lookahead, "ramp": ramp},
             **{"min_width": controller.min_width, **multiples},
         }

@@ -4,13 +4,14 @@ import copy
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from zoo import counted
 
-from tcp_core import Budget, BudgetError, Tailor, close, evaluate, fit, ladder, nets, remove, trace
+from tcp_core import Budget, BudgetError, Latency, Tailor, close, evaluate, fit, ladder, nets, remove, trace
 from tcp_core.datasets import sources
 
 STEPS = 96
@@ -81,6 +82,7 @@ def train(tailor, x, steps=STEPS):
         ({"macs": "half"}, r"macs is not a number: .* got macs='half'"),
         ({"macs": [0.5]}, r"macs is not a number"),
         ({"mac": 0.5}, r"unknown budget key 'mac'; allowed keys are \['macs', 'params', 'flops', 'memory', .*\]"),
+        ({"FLOPs": 0.5}, r"unknown budget key 'FLOPs'; .* Did you mean flops\?"),
         ({}, r"budget is empty: give at least one of macs, params, flops, .* for example Budget\(macs=0\.5\)"),
         ({"macs": None}, r"budget is empty"),
         (0.5, r"a budget is a Budget or a dict with keys among .*, for example \{'macs': 0\.5\}; got 0\.5"),
@@ -273,10 +275,48 @@ def test_too_few_steps(model, x, maturity, share, least):
     Tailor(model, x, budget={"macs": 0.5}, steps=24, phase=(0.25, 0.75))
 
 
-@pytest.mark.parametrize("steps", [48.0, "48", None])
+@pytest.mark.parametrize("steps", [48.0, "48", None, True])
 def test_steps_that_are_no_number_of_steps(model, x, steps):
     with pytest.raises(ValueError, match=r"steps=.* int"):
         Tailor(model, x, budget={"macs": 0.5}, steps=steps)
+
+
+def test_numbers_of_numpy_are_numbers(model, x):
+    whole = np.int64
+    tailor = Tailor(model, x, budget={"macs": 0.5}, steps=whole(STEPS), min_width=whole(2), multiple=whole(4))
+    controller = tailor.controller
+    assert [type(each) for each in (controller.steps, controller.min_width, controller.multiple)] == [int] * 3
+    Tailor(model, x, budget={"macs": 0.5}, steps=STEPS, maturity=np.float32(0.5)).state_dict()
+
+
+@pytest.mark.parametrize("multiple", [8.0, None, 0, True, "8"])
+def test_a_multiple_that_is_none(model, x, multiple):
+    with pytest.raises(ValueError, match=rf"multiple='?{multiple}'?; it must be an int of at least 1"):
+        Tailor(model, x, budget={"macs": 0.5}, steps=STEPS, multiple=multiple)
+
+
+@pytest.mark.parametrize("latency", ["onnxruntime", 4.0, Latency])
+def test_a_place_of_latency_that_is_none(model, x, latency):
+    with pytest.raises(TypeError, match=r"latency=.*; it must be the place of measurement, latency=tcp\.Latency\("):
+        Tailor(model, x, budget={"latency": "4 ms"}, steps=STEPS, latency=latency)
+
+
+@pytest.mark.parametrize("maturity", [2, -1, "fresh", True, math.nan])
+def test_a_maturity_that_is_none(model, x, maturity):
+    with pytest.raises(ValueError, match=r"maturity=.*; it must be a number from 0 \(a fresh network\) to 1"):
+        Tailor(model, x, budget={"macs": 0.5}, steps=STEPS, maturity=maturity)
+
+
+@pytest.mark.parametrize("others", [{}, {"macs": 0.9}])
+def test_a_floor_of_flops_is_told_in_flops(model, x, others):
+    with pytest.raises(BudgetError, match=r"the flops budget of 50 .* Give flops >= (\d+), ") as error:
+        Tailor(model, x, budget={"flops": 50} | others, steps=STEPS)
+    lowest = int(str(error.value).partition("flops >= ")[2].partition(",")[0])
+    Tailor(model, x, budget={"flops": lowest}, steps=STEPS)
+    with pytest.raises(BudgetError, match="the flops budget"):
+        Tailor(model, x, budget={"flops": lowest - 1}, steps=STEPS)
+    with pytest.raises(BudgetError, match="the macs budget"):
+        Tailor(model, x, budget={"flops": 0.9, "macs": 50}, steps=STEPS)
 
 
 @pytest.mark.parametrize("min_width", [0, -1, 1.5, 2.0, None])
@@ -299,6 +339,8 @@ def test_a_min_width_that_is_no_width(model, x, min_width):
         {"ramp": 1.5},
         {"lookahead": 1.0},
         {"lookahead": -0.5},
+        {"lookahead": "x"},
+        {"phase": ["a", "b"]},
     ],
 )
 def test_a_phase_outside_the_run(model, x, options):
@@ -432,6 +474,15 @@ def test_closing_frozen_units(x):
     open_units[channels.frozen.nonzero()[0]] = False
     with pytest.raises(ValueError, match=r"units \[\d+\] are frozen and cannot be removed; close only .*prunable"):
         remove(net, channels, open_units)
+
+
+def test_bytes_at_what_cannot_be(channels):
+    for batch in (-1, 0, 2.5, True):
+        with pytest.raises(BudgetError, match=rf"^batch={batch}; it must be an int of at least 1"):
+            channels.bytes(batch=batch)
+    with pytest.raises(BudgetError, match="^precision='fp8'; it must be one of fp32, fp16, bf16, int8"):
+        channels.bytes(precision="fp8")
+    assert channels.bytes(batch=np.int64(2))["memory"] == channels.bytes(batch=2)["memory"]
 
 
 def test_emptying_a_layer(model, channels):

@@ -616,6 +616,7 @@ def test_a_loop_that_is_resumed_is_one_that_was_not_stopped(at, kind):
         ({"budget": 0.4}, r"bounds is not the same \(.* there, .* here\)"),
         ({"ignore": "0"}, "prunable is not the same"),
         ({"phase": (0.1, 0.3)}, r"phase is not the same \(\[2, 14\] there, \[10, 29\] here\)"),
+        ({"maturity": 0.5}, r"maturity is not the same \(None there, 0\.5 here\)"),
         ({"min_width": 3}, r"min_width is not the same \(1 there, 3 here\)"),
         ({"multiple": 4}, r"multiple is not the same \(\(8, 4, 1\) there, \(4,\) here\)"),
     ],
@@ -642,6 +643,13 @@ def test_the_state_of_another_length_or_network_is_refused():
     ):
         with pytest.raises(ValueError, match=r"this state is of another run: (steps is not the same \(96|network is)"):
             other.load_state_dict(state)
+
+
+def test_a_state_that_says_nothing_of_maturity_is_taken():
+    model, tailor = made()
+    state = tailor.progress()
+    assert state["run"].pop("maturity") is None  # as of an earlier version
+    made(maturity=0.5)[1].resume(state)
 
 
 def test_strict_loading_means_what_it_means_to_torch():

@@ -9,11 +9,14 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+import tcp_core
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -103,6 +106,19 @@ def locked():
     found = {requirement.name: re.fullmatch(r"==([\w.]+)", str(requirement.specifier))[1] for requirement in wanted}
     assert len(found) == len(wanted)
     return found
+
+
+def test_the_version_is_that_of_the_package(monkeypatch):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert tcp_core.__version__ == project["version"]
+
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)  # a clone on the path
+    assert importlib.reload(tcp_core).__version__ == "unknown"
+    monkeypatch.undo()
+    importlib.reload(tcp_core)
 
 
 def test_every_requirement_is_a_range_with_one_exact_version():

@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
 from ..channels import Channels
-from ..cost import CostBuilder, CostModel
+from ..cost import CostBuilder, CostModel, is_number, is_whole
 from ..files import expanded
 from ..packing import unpacked
 from ..preparing import LIKED
@@ -78,9 +78,10 @@ class Latency:
         progress: bool = True,
     ) -> None:
         for name, value in (("batch", batch), ("threads", threads)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ValueError(f"{name}={value!r}; it must be an int of at least 1.")
-        if not noise > 0 or not seconds > 0:
+        batch, threads = int(batch), int(threads)  # NumPy's, too
+        if not all(is_number(value) and value > 0 for value in (noise, seconds)):
             raise ValueError(f"noise and seconds must be positive; got {noise!r}, {seconds!r}.")
         self.backend = backend_of(backend, threads, device, provider)
         self.backend.check()
