@@ -114,7 +114,7 @@ class Tailor(Gated):
         self.checked = False  # whether a step has found everything that holds the model fit to go on
         self.unchecked: Any = ()  # the weights' versions at a step that found no optimiser
         self.carried: list[tuple[Average, Average]] = []
-        self.carry(*carry)
+        self.carry(*([carry] if isinstance(carry, nn.Module | Mapping) else carry))
 
     def forward(self, *args, **kwargs):
         """Run the model with gated parameters."""

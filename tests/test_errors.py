@@ -385,6 +385,12 @@ def test_what_is_no_network(model, x, batches):
             use(batches)
 
 
+def test_one_average_needs_no_list(model, x):
+    average = torch.optim.swa_utils.AveragedModel(model)
+    tailor = Tailor(model, x, budget={"macs": 0.5}, steps=STEPS, carry=average)
+    assert [each for each, _ in tailor.carried] == [average]
+
+
 def test_a_trace_of_another_model(model, x, channels):
     for other in (nets.small_resnet(widths=(8, 12, 20)), nets.small_resnet(widths=(8, 12, 16), blocks=2)):
         with pytest.raises(
@@ -560,6 +566,45 @@ def test_batches_without_a_length(model, batches):
     # Held-out batches that would be used up after one epoch are refused before the first.
     with pytest.raises(ValueError, match=message):
         fit(model, batches, (batch for batch in batches), budget=None, epochs=1)
+
+
+def test_batches_that_are_a_whole_data_set(model):
+    data = sources.digits()
+    for use in (lambda wrong: fit(model, wrong, epochs=1), lambda wrong: evaluate(model, wrong)):
+        with pytest.raises(
+            TypeError, match=r"all parts of a data set \(Splits\); give one of them, such as data\.train"
+        ):
+            use(data)
+        for target in (torch.tensor(3), 3):
+            with pytest.raises(TypeError, match=r"so it is a single sample; make batches .*: DataLoader\(dataset"):
+                use([(torch.zeros(1, 8, 8), target)])
+
+
+@pytest.mark.parametrize("name", ["loss", "metric"])
+def test_what_is_no_function(model, batches, name):
+    for wrong, said in (
+        ("mse", f"{name}='mse'; .*mse_loss"),
+        (nn.CrossEntropyLoss, rf"{name}=CrossEntropyLoss\(\), or"),
+    ):
+        with pytest.raises(TypeError, match=f"{said}"):
+            fit(model, batches, epochs=1, **{name: wrong})
+        with pytest.raises(TypeError, match=f"{said}"):
+            evaluate(model, batches, **{name: wrong})
+    for other in ("on_epoch", "on_step", "prune"):
+        with pytest.raises(TypeError, match=f"{other}=5; it must be a function"):
+            fit(model, batches, epochs=1, **{other: 5})
+
+
+@pytest.mark.parametrize("option", ["ignore", "unused"])
+def test_modules_in_the_place_of_their_names(model, x, option):
+    for wrong, said in (
+        ([model.layer1], "a Sequential in it; it takes names .*: 'layer1' here"),
+        (model.layer1, "a .* in it; it takes names .*: 'layer1' here"),
+        ([nn.Linear], "a Linear in it; .*: 'linear' here"),
+        ([3], "a int in it; it takes names"),
+    ):
+        with pytest.raises(TypeError, match=f"{option} has {said}"):
+            trace(model, x, **{option: wrong})
 
 
 def test_no_batches(model):

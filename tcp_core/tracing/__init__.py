@@ -138,8 +138,8 @@ def trace(
     check_ungated(model, "trace")
     _check_written_in_python(model)
     example = _samples(model, example_input, 1)
-    ignored = _matching_modules(model, [ignore] if isinstance(ignore, str) else list(ignore), "ignore")
-    left_over = _matching_modules(model, [unused] if isinstance(unused, str) else list(unused), "unused")
+    ignored = _matching_modules(model, ignore, "ignore")
+    left_over = _matching_modules(model, unused, "unused")
     also = list(also)
     ids = Identities(model, rule_of, rule_within, rule_of_function)
     ids.watched = {module: [] for modules in ignored.values() for module in modules}
@@ -330,10 +330,19 @@ Patterns = dict[str, set[nn.Module]]
 """Each pattern with the modules that it matches, and all within them."""
 
 
-def _matching_modules(model: nn.Module, patterns: Sequence[str], option: str) -> Patterns:
+def _matching_modules(model: nn.Module, patterns: Iterable[str] | str, option: str) -> Patterns:
     named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
     matched = {}
-    for pattern in patterns:
+    # a module may be an iterable of others
+    for pattern in [patterns] if isinstance(patterns, str | nn.Module | type) else list(patterns):
+        if not isinstance(pattern, str):
+            kind = pattern if isinstance(pattern, type) else ()
+            names = [name for name, module in named if module is pattern or isinstance(module, kind)]
+            meant = f": {', '.join(map(repr, names[:3]))} here" if names else ""
+            raise TypeError(
+                f"{option} has a {getattr(pattern, '__name__', type(pattern).__name__)} in it; it takes names or "
+                f"patterns of modules, as model.named_modules() has them{meant}."
+            )
         found = [module for name, module in named if fnmatch.fnmatchcase(name, pattern)]
         if not found:
             raise ValueError(

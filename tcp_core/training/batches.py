@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torchvision.transforms import v2
 
 from ..datasets.images import Images
+from ..datasets.sources import Splits
 from ..datasets.streams import Stream
 from .processes import rank_and_world
 
@@ -25,6 +27,8 @@ def by_epoch(images: Images | Iterable, batch_size: int | None, augment: str, se
     ``batch_size``, ``augment`` and ``seed`` are of images in memory; batches that are made already have their own. A
     ``Stream`` is seen as it is held out, each image's centre, where ``seed`` is None.
     """
+    if isinstance(images, Splits):
+        raise TypeError("these are all parts of a data set (Splits); give one of them, such as data.train or data.val.")
     if isinstance(images, Images):
         batch_size = BATCH_SIZE if batch_size is None else batch_size
         images = images.to(device)
@@ -85,8 +89,13 @@ def _pair(batch: Any) -> tuple[Tensor, Any]:
             x, y = batch
         except (TypeError, ValueError):
             x = None
-        if isinstance(x, Tensor):
+        if isinstance(x, Tensor) and not isinstance(y, Real) and not (isinstance(y, Tensor) and not y.ndim):
             return x, y
+        if isinstance(x, Tensor):
+            raise TypeError(
+                f"a batch has {y!r} as its targets, so it is a single sample; make batches of the data set: "
+                f"DataLoader(dataset, batch_size={BATCH_SIZE}, shuffle=True)."
+            )
     if isinstance(batch, Mapping):
         said = f"{type(batch).__name__} with the keys {', '.join(map(repr, batch))}"
     elif isinstance(batch, tuple | list):

@@ -16,7 +16,7 @@ from ..gates import UNGATED, check_module, idle_gates
 from ..hardware import device_name, has_bf16_kernels
 from ..state import keeping_modes
 from .batches import by_epoch, channels_last
-from .objective import Objective, in_full_precision
+from .objective import Objective, check_functions, in_full_precision
 from .processes import rank_and_world, summed
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
@@ -43,6 +43,7 @@ def evaluate(
         ValueError: for another precision, no images, or a label that the network has no output for.
     """
     check_module(model, "evaluate")
+    check_functions(loss=loss, metric=metric)
     device = device_of(model, device)
     check_precision(precision, device)
     gates = idle_gates(model)

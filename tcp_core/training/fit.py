@@ -29,7 +29,7 @@ from .batches import by_epoch, channels_last, check_own, mixer
 from .checkpoints import names, newest
 from .evaluation import PRECISIONS, autocast, check_precision, device_of
 from .frames import printed, say
-from .objective import Objective, check_labels, check_teacher, in_full_precision, taught, teacher_of
+from .objective import Objective, check_functions, check_labels, check_teacher, in_full_precision, taught, teacher_of
 from .processes import agree, plain_batch_norms, rank_and_world, synchronised, together
 from .recipe import Optimise, Schedule, described, optimise, scheduled
 from .run import FitResult, Run, check_resumable, differing
@@ -158,8 +158,11 @@ def fit(
     epochs, accumulate, checkpoint_every = int(epochs), int(accumulate), int(checkpoint_every)  # NumPy's, too
     batch_size, seed = (None if number is None else int(number) for number in (batch_size, seed))
     _check_pruning(budget, prune, tailoring)
+    for name, function in (("on_epoch", on_epoch), ("on_step", on_step)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}={function!r}; it must be a function, see fit's documentation, or None.")
     budget = None if budget is None else Budget.of(budget)
-    _check_objective(loss, label_smoothing, teacher, teacher_weight, temperature)
+    _check_objective(loss, metric, label_smoothing, teacher, teacher_weight, temperature)
     mix = mixer(mixing, train)
     optimised, following = optimise(optimizer, lr, momentum, weight_decay), scheduled(schedule, warmup, restart)
     model.to(device)
@@ -300,8 +303,9 @@ def check_names(given: Iterable[str]) -> None:
     check_options(given, [*own, *(name for name in option_names() if name not in FOUND)], "fit")
 
 
-def _check_objective(loss, label_smoothing, teacher, teacher_weight, temperature) -> None:
-    """Refuse what would be ignored."""
+def _check_objective(loss, metric, label_smoothing, teacher, teacher_weight, temperature) -> None:
+    """Refuse what is no function, and what would be ignored."""
+    check_functions(loss=loss, metric=metric)
     if loss is not None and label_smoothing:
         raise TypeError(
             f"label_smoothing={label_smoothing!r} and loss= given: it is cross-entropy's, put it into loss."
@@ -363,7 +367,9 @@ def _as_of(saved: Mapping | None, recipe: Mapping, budget: Budget | None, tailor
 
 
 def _check_pruning(budget: Any, prune: Any, tailoring: Mapping[str, Any]) -> None:
-    """Refuse what does not go together."""
+    """Refuse what does not go together, or is no function."""
+    if prune is not None and not callable(prune):
+        raise TypeError(f"prune={prune!r}; it must be a function of (model, channels, steps), or None.")
     if budget is not None and prune is not None:
         raise TypeError("give budget or prune, not both: prune brings its own budget.")
     if isinstance(budget, list | tuple):

@@ -94,6 +94,17 @@ class Objective:
         return {"label_smoothing": float(self.label_smoothing), **taught}
 
 
+def check_functions(**functions: Any) -> None:
+    """Raise TypeError for a loss or metric that is neither a function nor None, such as a class itself."""
+    for name, function in functions.items():
+        if function is None or (callable(function) and not isinstance(function, type)):
+            continue
+        said, how = repr(function), f"such as {name}=torch.nn.functional.mse_loss"
+        if isinstance(function, type):
+            said, how = function.__name__, f"such as {name}={function.__name__}()"
+        raise TypeError(f"{name}={said}; it must be a function of (outputs, targets), {how}, or None.")
+
+
 def check_labels(outputs: Any, targets: Any, where: str) -> None:
     """Raise unless cross-entropy is defined for these: outputs one tensor, and labels among its classes."""
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
