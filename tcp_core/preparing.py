@@ -103,13 +103,13 @@ def warn_of_unknown(channels: Channels) -> None:
 
 
 def warn_of_room(bounds: Mapping[str, float], dense: Mapping[str, float]) -> None:
-    """Warn where the dense network is within all its bounds already, as it is where a unit is wrong."""
+    """Warn where the network is within all its bounds already, as it is where a unit is wrong, or a rung no step down."""
     room = [bound - dense[name] for name, bound in bounds.items()]
     if min(room) >= 0 and max(room) > 0:
         given = [f"{amount(name, bound)} {name} of {amount(name, dense[name])}" for name, bound in bounds.items()]
         warnings.warn(
-            f"the dense network is within the budget already ({', '.join(given)}), so nothing will be removed: are the "
-            f"units right?",
+            f"the network is within the budget already ({', '.join(given)}), so nothing will be removed: are the units "
+            f"right? On a ladder: the rung before left no more than this one allows.",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -217,7 +217,7 @@ def test_a_maturity_that_was_given_stays():
 
 
 def test_a_budget_above_the_dense_network_is_told_of():
-    with pytest.warns(RuntimeWarning, match="within the budget already.*are the units right"):
+    with pytest.warns(RuntimeWarning, match="the network is within the budget already.*are the units right"):
         made(budget={"macs": "600M"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
