@@ -103,7 +103,7 @@ def warn_of_unknown(channels: Channels) -> None:
 
 
 def warn_of_room(bounds: Mapping[str, float], dense: Mapping[str, float]) -> None:
-    """Warn where the network is within all its bounds already, as it is where a unit is wrong, or a rung no step down."""
+    """Warn where the network is within all its bounds already, as where a unit is wrong, or a rung no step down."""
     room = [bound - dense[name] for name, bound in bounds.items()]
     if min(room) >= 0 and max(room) > 0:
         given = [f"{amount(name, bound)} {name} of {amount(name, dense[name])}" for name, bound in bounds.items()]

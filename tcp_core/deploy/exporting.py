@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
-from ..files import beside
+from ..files import beside, expanded
 from ..gates import unwrapped
 from ..verification import to_model
 from .folding import folded
@@ -60,7 +60,7 @@ def export(
         OSError: if the file cannot be written; asked before the network is exported.
         ExportError: if torch cannot export the network, the runtime cannot run it, or outputs differ.
     """
-    path = Path(path)
+    path = expanded(path)
     _check_format(path)
     model = unwrapped(model, "export")
     if not 0 < tolerance < 1:
