@@ -35,8 +35,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("build/other_networks"), help="the networks that runs start from"
     )
-    parser.set_defaults(images=20_000)
-    options = given(parser, table)
+    options = given(parser, table, images=20_000)
     train, val, _ = sources.load(options.data, size=16)
     train, val = train.split(5000)
     if options.images < len(train):

@@ -71,10 +71,12 @@ def main() -> None:
         add(options.out, row | {"start_epochs": options.start_epochs, "precision": options.precision})
 
 
-def given(parser: argparse.ArgumentParser, table: Callable[[list[dict]], str]) -> argparse.Namespace:
+def given(
+    parser: argparse.ArgumentParser, table: Callable[[list[dict]], str], images: int = 45_000
+) -> argparse.Namespace:
     """Return what the benchmark was told, with what all that train on halved images are; or show its table and end."""
     parser.add_argument("--data", type=Path, help="folder of images, such as cifar10-jpeg")
-    parser.add_argument("--images", type=int, default=45_000, help="how many to train with; 5,000 others validate")
+    parser.add_argument("--images", type=int, default=images, help="how many to train with; 5,000 others validate")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--out", type=Path, required=True)
