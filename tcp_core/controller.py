@@ -29,7 +29,7 @@ from . import complaints
 from .channels import Channels
 from .cost import Budget, BudgetError, Costs, Measured, is_number, is_whole
 from .maturity import phase_of
-from .selection import USED_UP, fill, liked, required_units, settle, tighten
+from .selection import fill, liked, required_units, settle, tighten
 
 KEEP_STEPS = 100
 """So many steps of the dense network say what its units are worth; what fewer have found counts less."""
@@ -40,6 +40,9 @@ worth more than its first ones to go; what is measured while the network gets sm
 
 LEAST_SEEN = 10
 """After so many steps a family without any gradient is no longer one that starts at zero, as many blocks do."""
+
+USED_UP = 0.99
+"""A smaller multiple is tried where one is to be chosen and less of the budget than this could be used."""
 
 LEAST_WEIGHT = 0.01
 """A cost with room left weighs this much at least in the price of a unit, so that it can count again in a few rankings
@@ -307,7 +310,7 @@ class Controller:
         """Return the units that win in blocks of ``multiple``, by prediction where a cost is measured."""
         limits = self.min_width, multiple, self.cost_model
         winning = fill(self.channels, score, targets, *limits)
-        return tighten(self.channels, winning, score, targets, *limits, self.price()) if last else winning
+        return tighten(self.channels, winning, score, targets, *limits) if last else winning
 
     def _settle(self, score: Tensor, targets: Mapping[str, float]) -> Tensor:
         """Return the units that win, with their latency measured, and bring its model into line with that."""
@@ -358,15 +361,11 @@ class Controller:
         The price is that of the dense network throughout. At the cost of the moment it would fall as a unit's layers
         narrow, and what is narrow would be narrowed on and on.
         """
+        price = sum(self.weights[name] * self.marginal[name] / bound for name, bound in self.bounds.items())
         importance = self.importance
         if self.step_count > self.start:
             importance = importance + self.trust * (self.dense_importance - importance)
-        return importance.cpu().double() / self.price()
-
-    def price(self) -> Tensor:
-        """Return what importance is divided by, float64 ``[units]``: weighted shares of the budgets."""
-        price = sum(self.weights[name] * self.marginal[name] / bound for name, bound in self.bounds.items())
-        return price.clamp(min=1e-12)
+        return importance.cpu().double() / price.clamp(min=1e-12)
 
     def _weigh(self, cost: Mapping[str, int], targets: Mapping[str, float]) -> None:
         """Make a cost with room left cheaper, so that several budgets are used up together where that is possible."""

@@ -147,17 +147,11 @@ def _top_up(
     return winning
 
 
-USED_UP = 0.99
-"""A bound is used from this share of it on: up to it an exchange must use more, beyond it keep more importance."""
-
 FULL = 0.999
-"""From this share on there are no exchanges."""
+"""A bound is used up from this share of it on."""
 
 NEARLY_FULL = 0.995
 """Below this share a block is let in at the expense of as many others as it takes."""
-
-EXCHANGES = 30
-"""So many one after the other; each keeps or uses more, so that they would end, but what the last bring is little."""
 
 ENTERING = 12
 """So many blocks, the best, are tried for that."""
@@ -174,20 +168,14 @@ def tighten(
     min_width: int | float = 1,
     multiple: int = 1,
     cost: Cost | None = None,
-    price: Tensor | None = None,
 ) -> Tensor:
-    """Return ``winning`` with single units, or blocks, exchanged until 99 % of a bound are used, as far as possible;
-    beyond that, where less than 99.9 % are, as long as what is open is worth more in sum and 99 % stay used.
+    """Return ``winning`` with single units, or blocks, exchanged until a bound is used to 99.9 %, as far as possible.
 
     Matters where one unit (with ``multiple``, one block) costs more than what is left. In each exchange two or three
-    families change at once: the worst open units of one leave, or the best closed ones enter. ``price``, float
-    ``[units]``, is what importance was divided by to give the score: shares of the bounds in the dense network if None.
+    families change at once: the worst open units of one leave, or the best closed ones enter.
     """
     model = channels.cost_model if cost is None else cost
     limits = min_width, multiple
-    if price is None:
-        price = sum(each / bounds[name] for name, each in model.price(bounds).items() if name in bounds)
-    importance = (score.double() * price).where(channels.prunable & (score < torch.inf), 0.0)
 
     def used(open_units: Tensor) -> Tensor:
         found = model.exact(open_units)
@@ -199,11 +187,9 @@ def tighten(
         return _top_up(model, open_units, order[~open_units[order]], bounds, blocks)
 
     def exchanged(open_units: Tensor) -> Tensor:
-        for _ in range(EXCHANGES):
-            if used(open_units).max() >= FULL:
-                break
+        while used(open_units).max() < FULL:
             moves = _moves(channels, open_units, score, *limits)
-            better = _exchange(open_units, moves, importance, used)
+            better = _exchange(open_units, moves, score, used)
             if better is None:
                 break
             open_units = filled(better)
@@ -215,13 +201,8 @@ def tighten(
         entering = sorted(entering, key=lambda each: float(score[each[1]].double().mean()), reverse=True)[:ENTERING]
         entered = [_entered(channels, winning, *each, score, limits, used) for each in entering]
         others = [exchanged(filled(each)) for each in entered if each is not None]
-        winning = max([winning, *others], key=lambda each: _standing(used(each).max(), importance[each].sum()))
+        winning = max([winning, *others], key=lambda each: float(used(each).max()))
     return winning
-
-
-def _standing(share: Tensor | float, importance: Tensor | float) -> tuple[bool, float]:
-    """Return what sets are compared by: importance among those that use a bound, before these the share of it."""
-    return (True, float(importance)) if share >= USED_UP else (False, float(share))
 
 
 def _entered(
@@ -247,11 +228,10 @@ def _entered(
 
 
 def _exchange(
-    winning: Tensor, moves: list[tuple[int, Tensor]], importance: Tensor, used: Callable[[Tensor], Tensor]
+    winning: Tensor, moves: list[tuple[int, Tensor]], score: Tensor, used: Callable[[Tensor], Tensor]
 ) -> Tensor | None:
-    """Return ``winning`` after two or three of ``moves``: of those that leave a bound used, the ones that gain the most
-    importance, or, where it is not used yet, lose the least; if none does, the ones that use it best. None if there is
-    no such gain.
+    """Return ``winning`` after two or three of ``moves``: of those that use a bound up, the ones that lose the least
+    importance, else the ones that use it best. None if no bound can be used better.
 
     ``used`` is the share of each bound, float64 ``[bounds]``. Costs are bilinear: three moves cost what they cost one
     by one, and what they cost more in pairs. That is exact for macs and params; others are recounted.
@@ -269,31 +249,31 @@ def _exchange(
         return None
     alone = torch.stack(alone)
     family = torch.tensor([index for index, _ in moves])
-    worth = torch.stack([importance[units].sum() * (-1 if winning[units[0]] else 1) for _, units in moves])
+    gain = (torch.stack([score[units].double().mean() for _, units in moves]) * alone.sum(1)).nan_to_num()
     together = torch.zeros(len(moves), len(moves), len(now), dtype=torch.float64)
     for i, j in itertools.combinations(range(len(moves)), 2):
         if family[i] != family[j]:
             together[i, j] = used(after([i, j])) - now - alone[i] - alone[j]
-    best, reached = None, _standing(now.max(), 0.0)
-    least_gain = 1e-9 * importance.sum() if now.max() >= USED_UP else -torch.inf
+    best, reached = None, now.max()
     for size in (2, 3):
         which = torch.combinations(torch.arange(len(moves)), size)
         pairs = [(which[:, i], which[:, j]) for i, j in itertools.combinations(range(size), 2)]
         share = (now + alone[which].sum(1) + sum(together[pair] for pair in pairs)).amax(1)
-        gain, enough = worth[which].sum(1), share >= USED_UP
-        allowed = torch.where(enough, gain > least_gain, share > now.max())
-        allowed &= share <= 1 + 1e-9  # what is exactly full, in floating point
+        allowed = (share > now.max()) & (share <= 1 + 1e-9)  # what is exactly full, in floating point
         for i, j in pairs:
             allowed &= family[i] != family[j]
-        which, gain, share, enough = which[allowed], gain[allowed], share[allowed], enough[allowed]
-        order = torch.where(enough, gain, share).argsort(descending=True, stable=True)
-        order = order[enough[order].int().argsort(descending=True, stable=True)]
+        which, share = which[allowed], share[allowed]
+        full = share >= FULL
+        order = torch.where(full, gain[which].sum(1), share).argsort(descending=True, stable=True)
+        order = order[full[order].int().argsort(descending=True, stable=True)]
         for index in order[:30].tolist():
             candidate = after(which[index].tolist())
             found = used(candidate).max()
-            if found <= 1 and _standing(found, gain[index]) > reached:
-                best, reached = candidate, _standing(found, gain[index])
+            if reached < found <= 1:
+                best, reached = candidate, found
                 break
+        if reached >= FULL:
+            break
     return best
 
 

@@ -174,17 +174,6 @@ def test_fill_in_multiples_leaves_no_block_that_fits(problem, multiple):
         assert not len(best) or not within(channels, more, bounds)
 
 
-def assert_no_loss(channels, filled, winning, score, bounds):
-    """More of a bound is used where it was not used up, and importance is given up for nothing else."""
-    before = utilisation(channels, filled, bounds)
-    assert utilisation(channels, winning, bounds) >= min(before, 0.99)
-    if before >= 0.99:
-        price = sum(price / bounds[name] for name, price in channels.cost_model.price(bounds).items() if name in bounds)
-        importance = (score.double() * price)[channels.prunable]
-        kept, kept_before = (importance[open_units[channels.prunable]].sum() for open_units in (winning, filled))
-        assert kept >= kept_before * (1 - 1e-9)
-
-
 @searched(60, 300, problem=problems())
 @example(problem=("residual", torch.zeros(7), {"macs": 15730}, 1))  # room for a unit comes with an exchange
 def test_tighten_uses_the_budget_as_far_as_exchanges_can(problem):
@@ -195,7 +184,7 @@ def test_tighten_uses_the_budget_as_far_as_exchanges_can(problem):
     assert within(channels, winning, bounds)
     assert_allowed(channels, winning, min_width)
     used = utilisation(channels, winning, bounds)
-    assert_no_loss(channels, filled, winning, score, bounds)
+    assert used >= utilisation(channels, filled, bounds)
     if utilisation(channels, filled, bounds) >= 0.999:
         assert torch.equal(winning, filled)
     if used < 0.99:
@@ -218,7 +207,7 @@ def test_tighten_keeps_multiples(problem, multiple):
     assert within(channels, winning, bounds)
     assert_allowed(channels, winning, min_width)
     assert_multiples(channels, winning, multiple)
-    assert_no_loss(channels, filled, winning, score, bounds)
+    assert utilisation(channels, winning, bounds) >= utilisation(channels, filled, bounds)
 
 
 @pytest.fixture(scope="module")
@@ -239,19 +228,6 @@ def test_coarse_units_use_the_budget_too(resnet20, share, multiple):
         controller = Controller(resnet20, {"macs": share}, steps=1000, multiple=multiple)
         winning = controller.choose(score.square() / controller.marginal["macs"])
         assert 0.99 <= utilisation(resnet20, winning, controller.bounds) <= 1
-
-
-@pytest.mark.medium
-@pytest.mark.parametrize("share", [0.5, 0.3])
-def test_the_last_exchanges_give_up_no_importance_for_a_budget_that_is_used(resnet20, share):
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        controller = Controller(resnet20, {"macs": share}, steps=600, multiple=8)
-        price = controller.price()
-        score = torch.exp(1.2 * torch.randn(resnet20.units, generator=generator)).double() / price.sqrt()
-        limits = controller.bounds, 1, 8, resnet20.cost_model
-        filled = fill(resnet20, score, *limits)
-        assert_no_loss(resnet20, filled, tighten(resnet20, filled, score, *limits), score, controller.bounds)
 
 
 def test_a_smaller_multiple_where_blocks_leave_much_is_kept_in_the_state(monkeypatch):
