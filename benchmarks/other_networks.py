@@ -66,7 +66,9 @@ def table(rows: list[dict]) -> str:
     lines = [f"| {' | '.join(['network', 'macs', 'seed', *METHODS])} |", "| --- | --: | --: | --- | --- | --- |"]
     for setting in dict.fromkeys((row["network"], row["macs"], row["seed"]) for row in rows):
         found = {row["method"]: row for row in rows if (row["network"], row["macs"], row["seed"]) == setting}
-        cells = [f"{row['train_loss']:.3f} / {row['val_accuracy']:.1%}" for row in map(found.get, METHODS) if row]
+        cells = [
+            f"{row['train_loss']:.3f} / {row['val_accuracy']:.1%}" if row else "-" for row in map(found.get, METHODS)
+        ]
         lines.append(f"| {setting[0]} | {setting[1]:.0%} | {setting[2]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

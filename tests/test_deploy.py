@@ -1,5 +1,6 @@
 """Timing, eight bits and profiles of ONNX files, and the figures drawn from them."""
 
+import importlib
 import json
 import math
 import time
@@ -310,6 +311,17 @@ def test_the_page_has_the_table_of_eight_bits():
         assert f"| {' | '.join(cells)} |" in page
         assert full["accuracy"] < fine["accuracy"] - 0.01
         assert abs(reduced["accuracy"] - fine["accuracy"]) < 0.002
+
+
+def test_the_page_has_the_table_of_other_networks(monkeypatch):
+    root = Path(dp.__file__).resolve().parents[2]
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    other_networks = importlib.import_module("other_networks")
+    rows = json.loads((root / "results" / "benchmarks" / "other_networks.json").read_text(encoding="utf-8"))["rows"]
+    assert other_networks.table(rows) in (root / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    x = torch.randn(2, 3, 16, 16)
+    for network in other_networks.NETWORKS.values():
+        assert tcp.trace(network(num_classes=10, in_channels=3), x).prunable.all()
 
 
 def test_the_page_on_scale_has_the_parts_of_a_step():
