@@ -219,7 +219,7 @@ def test_statistics_of_group_norms_leave_with_their_groups():
         assert channels.bytes(open_units) == measured(small, torch.randn(1, 3, 2, 2))
 
 
-@pytest.mark.filterwarnings("ignore:the dense network is within the budget")
+@pytest.mark.filterwarnings("ignore:the network is within the budget")
 @pytest.mark.parametrize(
     ("then", "now"),
     [
