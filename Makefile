@@ -61,7 +61,7 @@ test test-medium test-slow soak: export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 NBVAL := --nbval-lax --nbval-current-env
 
-test: $(INSTALLED) ## the fast tests and two notebooks' checked cells: three minutes on two cores
+test: $(INSTALLED) ## the fast tests and two notebooks' checked cells: two minutes on two cores
 	$(PYTEST) $(NBVAL) tests $(FAST_NOTEBOOKS)
 
 test-medium: $(INSTALLED) ## the tests that take seconds each (whole runs, checkpoints, exports) and the other notebooks; CI runs them too

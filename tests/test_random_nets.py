@@ -181,14 +181,14 @@ def check_and_count(seen, network, seed):
 
 @settings(SETTINGS, max_examples=FEW)
 @given(network=networks(), seed=st.integers(0, 9))
-def test_removing_is_closing(network, seed):
+def test_removing_is_closing_in_a_few_networks(network, seed):
     check(network, seed=seed)
 
 
 @pytest.mark.medium
 @settings(SETTINGS, max_examples=SOME)
 @given(network=networks(), seed=st.integers(0, 9))
-def test_removing_is_closing_in_some_networks(seen, network, seed):
+def test_removing_is_closing(seen, network, seed):
     check_and_count(seen, network, seed)
 
 
