@@ -47,10 +47,10 @@ def below_floor(controller: Any, cost: str) -> str:
 def _as_asked(controller: Any, cost: str) -> tuple[str, int]:
     """Return what the user calls a cost, and how many of that one of ours is: a bound on macs may be one on flops."""
     flops = controller.budget.flops
-    if cost == "macs" and flops is not None:
-        if Budget(flops=flops).resolve(controller.dense)["macs"] == controller.bounds["macs"]:
-            return "flops", 2
-    return cost, 1
+    if cost != "macs" or flops is None:
+        return cost, 1
+    its_own = Budget(flops=flops).resolve(controller.dense)["macs"] == controller.bounds["macs"]
+    return ("flops", 2) if its_own else (cost, 1)
 
 
 def _fewest(controller: Any) -> str:

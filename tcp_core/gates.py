@@ -11,13 +11,11 @@ parameter itself: optimisers, clipping, ``state_dict`` and whatever else holds t
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from types import FunctionType
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +25,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils import checkpoint
 
 from .channels import Channels, GateSite
+from .given import bare, check_module
 from .outputs import tensors_in
 
 _ENTERING = threading.Lock()  # for all gates: one of their own could be neither copied nor pickled
@@ -275,36 +274,6 @@ def idle_gates(model: nn.Module) -> Gates | None:
 
 UNGATED = "is still being tailored, and without its gates it is the dense network"
 """What to say of a model with idle gates."""
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """Return the module inside torch.compile's and the parallel wrappers."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
-
-
-def check_module(model: Any, verb: str) -> None:
-    """Refuse what is no network, by what was to be done with it, and say where one may be found in it."""
-    if isinstance(model, nn.Module):
-        return
-    how = f"{verb} a network, a torch.nn.Module"
-    if isinstance(getattr(model, "model", None), nn.Module):
-        how = f"{verb} its .model"
-    elif isinstance(model, Mapping):
-        how = f"build the network, give it these weights (load_state_dict) and {verb} that"
-    elif callable(model):
-        how = f"call it, and {verb} the network that it returns"
-    elif isinstance(model, str | os.PathLike):
-        how = "the network comes first, then the path"
-    kind = f"a {type(model).__name__}"
-    if isinstance(model, type | FunctionType):
-        kind = f"the {'class' if isinstance(model, type) else 'function'} {model.__name__}"
-    raise TypeError(f"this is {kind}, no network; {how}.")
 
 
 def check_ungated(model: Any, verb: str, instead: str = "what it was made of, or what its finish() returns") -> None:

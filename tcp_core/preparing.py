@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .channels import Channels
-from .cost import Budget, amount
+from .cost import Budget, amount, is_whole
 from .explanation import NOT_UNDERSTOOD, in_words
 
 NOTABLE = 0.1
@@ -118,7 +117,7 @@ def warn_of_room(bounds: Mapping[str, float], dense: Mapping[str, float]) -> Non
 def width_options(model: nn.Module, channels: Channels, budget: Budget, multiple: Any, latency: Any) -> dict[str, Any]:
     """Return the options of :class:`Controller` that say what widths may be and how latency is known."""
     auto = multiple == "auto"
-    if not auto and (isinstance(multiple, str) or not isinstance(multiple, Integral | Sequence)):
+    if not auto and (isinstance(multiple, str) or not (is_whole(multiple) or isinstance(multiple, Sequence))):
         raise ValueError(f"multiple={multiple!r}; it must be an int of at least 1, or 'auto'.")
     if latency is not None and (isinstance(latency, type) or not hasattr(latency, "cost")):
         place = repr(latency) if isinstance(latency, str) else "..."

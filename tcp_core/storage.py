@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn, uint8
 
 from .files import beside, expanded
-from .gates import check_module, unwrapped
+from .gates import unwrapped
+from .given import check_module
 from .removal import dense_shapes, own_parameter, own_tensors, resized
 
 KEY = "tailored_channel_pruning"

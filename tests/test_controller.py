@@ -230,6 +230,17 @@ def test_coarse_units_use_the_budget_too(resnet20, share, multiple):
         assert 0.99 <= utilisation(resnet20, winning, controller.bounds) <= 1
 
 
+def test_a_budget_with_room_left_can_count_again():
+    controller = Controller(traced("chain"), {"macs": 0.6, "params": 0.6}, steps=600)
+    for _ in range(1000):
+        controller._weigh({"macs": 100, "params": 50}, {"macs": 100, "params": 100})
+    assert controller.weights["macs"] == 1
+    assert 0.01 <= controller.weights["params"] < 0.02
+    for _ in range(10):
+        controller._weigh({"macs": 50, "params": 100}, {"macs": 100, "params": 100})
+    assert controller.weights["params"] > controller.weights["macs"]
+
+
 def test_a_smaller_multiple_where_blocks_leave_much_is_kept_in_the_state(monkeypatch):
     monkeypatch.setattr(selection, "LARGEST_BLOCK", 1.0)  # blocks that are much of the budget
     network = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 3))

@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # The core, in reading order: each part, a file or a folder, imports only parts that stand before it. What surrounds the
 # core follows in the same manner: a package imports the core and the packages before it, never what comes after.
 CORE = (
-    *("cost", "memory", "explanation", "channels", "outputs", "gates", "state", "verification", "carrying", "removal"),
-    *("tracing", "maturity", "selection", "complaints", "controller", "preparing", "shrinking", "report", "packing"),
-    *("tailor", "files", "storage", "foreign", "nets"),
+    *("cost", "memory", "explanation", "channels", "outputs", "given", "gates", "state", "verification", "carrying"),
+    *("removal", "tracing", "maturity", "selection", "complaints", "controller", "preparing", "shrinking", "report"),
+    *("packing", "tailor", "files", "storage", "foreign", "nets"),
 )
 AROUND = ("hardware", "latency", "deploy", "datasets", "training", "study")
 

@@ -21,7 +21,7 @@ from ..gates import unwrapped
 from ..verification import to_model
 from .folding import folded
 
-LARGEST_BATCH = 2**31 - 1  # without an upper end torch.export of torch 2.6 refuses every convolutional network
+LARGEST_BATCH = 2**31 - 1  # without an upper end torch.export of torch 2.6 refuses convolutional networks
 NEEDED = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}
 
 

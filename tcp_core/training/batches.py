@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torchvision.transforms import v2
 
+from ..cost import is_number
 from ..datasets.images import Images
 from ..datasets.sources import Splits
 from ..datasets.streams import Stream
@@ -89,7 +89,7 @@ def _pair(batch: Any) -> tuple[Tensor, Any]:
             x, y = batch
         except (TypeError, ValueError):
             x = None
-        if isinstance(x, Tensor) and not isinstance(y, Real) and not (isinstance(y, Tensor) and not y.ndim):
+        if isinstance(x, Tensor) and not is_number(y) and not (isinstance(y, Tensor) and not y.ndim):
             return x, y
         if isinstance(x, Tensor):
             raise TypeError(

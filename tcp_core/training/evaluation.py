@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..datasets.images import Images
-from ..gates import UNGATED, check_module, idle_gates
+from ..gates import UNGATED, idle_gates
+from ..given import check_module
 from ..hardware import device_name, has_bf16_kernels
 from ..state import keeping_modes
 from .batches import by_epoch, channels_last

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from ..channels import Channels
 from ..controller import Controller
-from ..cost import Budget
+from ..cost import Budget, is_whole
 from ..datasets.images import Images
 from ..files import expanded
 from ..gates import check_ungated
@@ -242,7 +241,7 @@ def fit(
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda number: isinstance(number, Integral) and number >= least
+    return lambda number: is_whole(number) and number >= least
 
 
 ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
