@@ -86,6 +86,8 @@ class Controller:
         multiple: of every family's width.
         measured: what was measured of the final set: latency, spread, networks (how many were measured); None before.
         trajectory: one dict per re-ranking.
+        zeros: whether weights that are trained are all zero at the start of a network whose maturity was told from its
+            weights. If it turns out that branches begin with them, ``late`` is set and the network counts as fresh.
     """
 
     def __init__(
@@ -150,6 +152,8 @@ class Controller:
         self.changed = 0
         self.trajectory: list[dict[str, float]] = []
         self.reported, self.unranked = 0, False
+        self.zeros, self.late = False, False
+        self.silent = torch.zeros(channels.units, dtype=torch.bool, device=device)
         self.measured: dict[str, float] | None = None
 
     def _resolve(self) -> None:
@@ -229,10 +233,13 @@ class Controller:
         finite = gradient.isfinite().all()
         square = normalised_square(gradient)
         self.refused = self.refused + ~finite
+        before = self.importance
         seen = (self.step_count + 1 - self.refused).clamp(min=1)
         self.importance = torch.where(finite, self.importance + (square - self.importance) / seen, self.importance)
         if self.step_count <= self.start:  # no gate has moved yet
             self.dense_importance = self.importance
+            if self.zeros and self.maturity > 0:
+                self._watch(before)
         last = self.step_count == self.end - self.lookahead  # which may lie between two rankings
         if self.step_count >= self.start and (last or (self.step_count - self.start) % self.interval == 0):
             self._rank()
@@ -245,9 +252,24 @@ class Controller:
             self.frozen = True
             self._record()
 
+    def _watch(self, before: Tensor) -> None:
+        """See to branches that begin at zero in a trained network (LoRA, adapters, zero convolutions).
+
+        The first gradient there is does not reach what lies behind their zeros, and a later one does. So what the first
+        steps say of their units is nothing: the network counts as fresh. ``before``: importance before this step.
+        """
+        self.silent = torch.where(before.any(), self.silent, self.importance == 0)
+        if self.step_count == self.start:  # the last step at which no gate has moved
+            silent, alive = self.silent.cpu(), (self.importance > 0).cpu()
+            families = [family.units for family in self.channels.families]
+            self.late = any(bool(silent[units].all() and alive[units].any()) for units in families)
+            self.zeros = False
+            if self.late:
+                self.begin_with(0.0)
+
     def to(self, device: torch.device) -> None:
         """Move what is known of the units to a device."""
-        for name in ("importance", "dense_importance", "gate", "losing", "refused"):
+        for name in ("importance", "dense_importance", "gate", "losing", "refused", "silent"):
             setattr(self, name, getattr(self, name).to(device))
 
     def schedule(self, step: int) -> dict[str, float]:
@@ -416,7 +438,8 @@ class Controller:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         self._place(state["phase"], state["maturity"])  # as it was decided then: weights have changed since
-        for name, value in copy.deepcopy({name: state[name] for name in _STATE}).items():
+        known = (name for name in _STATE if name in state or name not in _SAID_LATER)
+        for name, value in copy.deepcopy({name: state[name] for name in known}).items():
             setattr(self, name, value)
         if self.latency is not None:  # the bounds are those of the dense network as it was measured then
             self.latency.calibrate(required_units(self.channels, self.min_width, self.multiple), state["calibration"])
@@ -435,5 +458,8 @@ def normalised_square(gradient: Tensor) -> Tensor:
 _STATE = (
     *("step_count", "weights", "importance", "gate", "losing", "strength", "final", "frozen", "refused", "reported"),
     *("returned", "changed", "trajectory", "multiple", "measured"),
-    *("dense_importance", "phase", "maturity", "placed"),
+    *("dense_importance", "phase", "maturity", "placed", "zeros", "late", "silent"),
 )
+
+_SAID_LATER = ("zeros", "late", "silent")
+"""Of these, what earlier versions did not have in their states."""

@@ -39,6 +39,14 @@ def maturity(model: nn.Module) -> float:
     return round(min(1.0, sum(found) / sum(sizes) / TRAINED), 1) if sizes else 0.0
 
 
+def has_zeros(model: nn.Module) -> bool:
+    """Return whether a weight that is trained is all zero, as the last one of a branch that begins at zero is. Biases
+    do not count: many begin so.
+    """
+    trained = ((name.rpartition(".")[2], each) for name, each in model.named_parameters() if each.requires_grad)
+    return any(each.numel() > 0 and not each.detach().any() for name, each in trained if name != "bias")
+
+
 @torch.no_grad()
 def excess(weight: Tensor) -> float | None:
     """Return by how much the squared singular values of ``weight`` (first dimension by all others) are spread more

@@ -24,7 +24,7 @@ class Report(dict):
                 f"{amount(name, self['floor'][name]):>14}"
             )
         if "phase" in self:  # comparators have none
-            rows.append(_placed(self["phase"], self["maturity"], self["placed"]))
+            rows.append(_placed(self["phase"], self["maturity"], self["placed"], self["late"]))
         step = f"step {self['step']} of {self['steps']}"
         if self["frozen"]:  # a controller counts no further then
             state = f"frozen at {step}" if "phase" in self else f"{step}, frozen"
@@ -61,12 +61,15 @@ class Report(dict):
         return {name: share for name, share in shares.items() if name not in self["bounds"] and share < least / 2}
 
 
-def _placed(phase: tuple[float, float], maturity: float, placed: bool) -> str:
+def _placed(phase: tuple[float, float], maturity: float, placed: bool, late: bool) -> str:
     """Say where the phase lies and why."""
     known = {0.0: "of a fresh network", 1.0: "of a trained network"}
     weights = known.get(maturity, f"of one {maturity:.0%} on its way to a trained network")
     place = f"phase {100 * phase[0]:.3g} to {100 * phase[1]:.3g} % of the run, "
-    return place + (f"for the weights at the start were those {weights}" if placed else "as asked")
+    if not placed:
+        return place + "as asked"
+    began = f"the weights at the start were those {weights}"
+    return f"{place}for {'branches of the network began at zero' if late else began}"
 
 
 def report_of(tailor) -> Report:
@@ -86,6 +89,7 @@ def report_of(tailor) -> Report:
         phase=controller.phase,
         maturity=controller.maturity,
         placed=controller.placed,
+        late=controller.late,
         frozen=tailor.frozen,
         multiple=controller.multiple,
         measured=None if controller.measured is None else {**controller.measured, "at": tailor.measured_at},

@@ -14,8 +14,8 @@ from .channels import Channels
 from .controller import Controller
 from .cost import Budget
 from .gates import Gated, check_ungated, device_of, ungate
+from .maturity import has_zeros, versions
 from .maturity import maturity as maturity_of
-from .maturity import versions
 from .packing import packed, unpacked
 from .preparing import check_options, check_trace, check_trainable, warn_of_room, warn_of_unknown, width_options
 from .removal import check_same_model
@@ -104,6 +104,7 @@ class Tailor(Gated):
         self.weights_of_start = None if maturity is not None else versions(model)
         self.looked = False  # whether a forward pass has looked at them
         warn_of_unknown(channels)
+        controller.zeros = maturity is None and has_zeros(model)
         self.measured_at = "" if budget.latency is None else repr(latency)
         self.shrunk = False
         self.largest_gate_removed: float | None = None
@@ -128,6 +129,7 @@ class Tailor(Gated):
         if self.controller.step_count == 0 and (now := versions(self.model)) not in (None, self.weights_of_start):
             self.weights_of_start = now
             self.controller.begin_with(maturity_of(self.model))
+            self.controller.zeros = has_zeros(self.model)
 
     @property
     def frozen(self) -> bool:

@@ -185,3 +185,120 @@ def test_a_run_that_goes_on_in_a_fresh_network_keeps_its_phase(images, mature):
     assert again.controller.phase == PHASE_TRAINED
     assert again.report()["maturity"] == 1
     assert str(again.report()) == str(tailor.report())
+
+
+class Branched(nn.Module):
+    """A network whose second layer has a branch beside it; ``kind`` says how that begins."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.stem, self.layer = nn.Conv2d(1, 12, 3, padding=1), nn.Conv2d(12, 24, 3, padding=1)
+        self.down, self.up = nn.Conv2d(12, 4, 3, padding=1), nn.Conv2d(4, 24, 1, bias=False)
+        self.head, self.kind, self.calls = nn.Linear(24, 10), kind, 0
+        with torch.no_grad():
+            for weight in self.parameters():  # tied together, as by training
+                if weight.ndim > 1:
+                    rows, columns = torch.randn(len(weight), 1), torch.randn(1, weight[0].numel())
+                    weight += 0.2 * (rows * columns).view_as(weight)
+        if kind in ("adapter", "cut off"):
+            nn.init.zeros_(self.up.weight)
+        if kind == "zero head":
+            nn.init.zeros_(self.head.weight)
+        if kind == "frozen":
+            nn.init.zeros_(self.up.weight).requires_grad_(False)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        branch = self.up(self.down(x).relu())
+        if self.training:
+            self.calls += 1
+            if self.kind == "dropped" and self.calls == 1:  # as stochastic depth may, for a whole batch
+                branch = branch * 0
+        if self.kind == "cut off":
+            branch = branch.detach()
+        return self.head((self.layer(x) + branch).relu().mean((2, 3)))
+
+
+def begun(kind, images, steps=100, taken=3, **options):
+    """Return the Tailor of a trained network after a few steps, the first ones of 100 until gates may move."""
+    torch.manual_seed(0)
+    pixels, labels = images
+    tailor = tcp.Tailor(Branched(kind).train(), pixels[:2], budget={"macs": 0.5}, steps=steps, **options)
+    optimizer = torch.optim.SGD(tailor.model.parameters(), lr=0.05)
+    go_on(tailor, optimizer, images, taken)
+    return tailor, optimizer
+
+
+def go_on(tailor, optimizer, images, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(tailor(images[0][:64]), images[1][:64]).backward()
+        optimizer.step()
+        tailor.step(optimizer)
+
+
+def test_a_trained_network_with_branches_that_begin_at_zero_counts_as_fresh(images):
+    tailor, optimizer = begun("adapter", images, taken=2)
+    assert tailor.report()["maturity"] == 1
+    assert tailor.report()["phase"] == PHASE_TRAINED
+    go_on(tailor, optimizer, images, 1)  # the first step at which gates could move
+    assert tailor.report()["maturity"] == 0
+    assert tailor.report()["phase"] == PHASE_FRESH
+    assert tailor.controller.trust == 0
+    assert "phase 20 to 50 % of the run, for branches of the network began at zero" in str(tailor.report())
+    go_on(tailor, optimizer, images, 17)
+    assert tailor.open_units.all()
+    assert not tailor.trajectory
+    go_on(tailor, optimizer, images, 80)
+    assert tailor.shrunk
+
+
+@pytest.mark.parametrize("kind", ["whole", "zero head", "dropped", "cut off", "frozen"])
+def test_what_is_no_branch_that_begins_at_zero_is_left_early(kind, images):
+    """A head of zeros hides everything for a step; a branch that is dropped has weights; what gets no gradient later is
+    not awaited.
+    """
+    tailor, _ = begun(kind, images)
+    assert tailor.report()["maturity"] == 1
+    assert tailor.report()["phase"] == PHASE_TRAINED
+    assert "those of a trained network" in str(tailor.report())
+
+
+def test_a_maturity_that_is_given_holds_for_branches_that_begin_at_zero_too(images):
+    assert begun("adapter", images, maturity=1.0)[0].report()["phase"] == PHASE_TRAINED
+    asked = begun("adapter", images, phase=(0.02, 0.2))[0].report()
+    assert asked["phase"] == (0.02, 0.2)
+    assert asked["maturity"] == 0  # what was measured first counts no more than what came later
+
+
+def test_branches_that_begin_at_zero_are_seen_behind_a_head_of_zeros_and_a_refused_step(images):
+    torch.manual_seed(0)
+    model = Branched("adapter")
+    nn.init.zeros_(model.head.weight)
+    tailor = tcp.Tailor(model, images[0][:2], budget={"macs": 0.5}, steps=300)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    (F.cross_entropy(tailor(images[0][:64]), images[1][:64]) * float("inf")).backward()
+    tailor.step(optimizer)
+    go_on(tailor, optimizer, images, 5)
+    assert tailor.report()["maturity"] == 1
+    with pytest.warns(RuntimeWarning, match="1 step"):
+        go_on(tailor, optimizer, images, 60)
+    assert tailor.report()["phase"] == PHASE_FRESH
+
+
+def test_a_run_that_goes_on_remembers_that_branches_began_at_zero(images):
+    whole, _ = begun("adapter", images, taken=40)
+    tailor, _ = begun("adapter", images, taken=1)
+    again = tcp.Tailor(Branched("whole"), images[0][:2], budget={"macs": 0.5}, steps=100)
+    again.resume(tailor.progress())
+    again.model.load_state_dict(tailor.model.state_dict())
+    go_on(again, torch.optim.SGD(again.model.parameters(), lr=0.05), images, 39)
+    assert again.report()["phase"] == PHASE_FRESH
+    assert torch.equal(again.controller.importance, whole.controller.importance)
+    assert torch.equal(again.open_units, whole.open_units)
+
+    earlier = tailor.progress()  # of a version that did not ask for it
+    earlier["controller"] = {name: each for name, each in earlier["controller"].items() if name != "silent"}
+    again = tcp.Tailor(Branched("whole"), images[0][:2], budget={"macs": 0.5}, steps=100)
+    again.resume(earlier)
+    assert not again.controller.silent.any()
