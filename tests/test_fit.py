@@ -2,7 +2,9 @@
 
 import copy
 import math
+import random
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -17,6 +19,7 @@ from tcp_core.datasets import sources
 from tcp_core.study import results
 from tcp_core.training import batches, frames
 from tcp_core.training.recipe import warmup_cosine
+from tcp_core.training.run import Run
 
 EPOCHS, BATCH = 6, 20  # 96 steps with 320 images, about the fewest that tailoring takes
 
@@ -170,6 +173,55 @@ def test_a_run_has_one_budget(images):
 def test_without_validation_images_there_is_no_accuracy(images):
     result = fit(network(), images[0], budget=None, epochs=1)
     assert result.history[["val_loss", "val_accuracy"]].isna().all(axis=None)
+
+
+class Noise:
+    """Batches that are drawn at random from all sources there are, also while they are validated on."""
+
+    def __init__(self):
+        self.generator, self.drawn = np.random.default_rng(3), 0
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        for _ in range(3):
+            self.drawn += 1
+            shift = self.generator.normal() + random.gauss(0, 1)
+            yield torch.randn(8, 1, 8, 8) + shift, torch.randint(10, (8,))
+
+
+@pytest.mark.parametrize("budget", [None, {"macs": 0.5}])
+def test_what_is_wrong_with_validation_is_told_before_training(images, budget):
+    steps, model = [], network()
+    before = weights(model)
+    wrong = [(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64))]
+    given = {"budget": budget, "epochs": EPOCHS, "batch_size": BATCH}
+    with pytest.raises(RuntimeError, match="channels") as found:
+        fit(model, images[0], wrong, **given, on_step=lambda *at: steps.append(at))
+    assert found.value.__notes__ == ["This was the first batch of val, tried before training."]
+    assert not steps
+    assert same(weights(model), before)
+    labels = [(torch.zeros(4, 1, 8, 8), torch.full((4,), 12))]
+    with pytest.raises(ValueError, match="held-out batch 1"):
+        fit(model, images[0], labels, **given)
+
+
+def test_validation_that_is_tried_out_changes_nothing(images, monkeypatch):
+    def trained():
+        random.seed(1)
+        torch.manual_seed(1)
+        model = nn.Sequential(network(), nn.Dropout(0.3))
+        val = Noise()
+        found = fit(model, images[0].split(100)[1], val, budget=None, epochs=2, verbose=False, batch_size=20)
+        return weights(found.model), found.history.drop(columns="seconds"), val.drawn
+
+    first = trained()
+    monkeypatch.setattr(Run, "try_out", lambda self, val: None)
+    other = trained()
+    assert same(first[0], other[0])
+    pd.testing.assert_frame_equal(first[1], other[1])
+    assert (first[2], other[2]) == (7, 6)
 
 
 # -------------------------------------------------------------------------------------------------

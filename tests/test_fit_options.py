@@ -250,7 +250,7 @@ def test_a_regression_has_no_accuracy():
 
 @pytest.mark.parametrize("loss", [lambda outputs, y: outputs, lambda outputs, y: 1.0], ids=["tensor", "float"])
 def test_a_loss_that_is_no_number(images, loss):
-    with pytest.raises(ValueError, match=r"loss= gave .* in batch 1 of epoch 1; it must give one number"):
+    with pytest.raises(ValueError, match=r"loss= gave .* in held-out batch 1; it must give one number"):
         run(images, loss=loss)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -73,13 +74,24 @@ def validated(
     return means(summed(torch.tensor(own, dtype=torch.float64, device=device)).tolist())
 
 
-def sums(model: nn.Module, images, batch_size: int, precision: str, device: torch.device, objective: Objective) -> list:
-    """Return the sum over images of the loss, over how many it is, the same of the score, and the number of images."""
+def sums(
+    model: nn.Module,
+    images: Images | Iterable,
+    batch_size: int,
+    precision: str,
+    device: torch.device,
+    objective: Objective,
+    most: int | None = None,
+) -> list:
+    """Return the sum over images of the loss, over how many it is, the same of the score, and the number of images, of
+    the first ``most`` batches or all.
+    """
     loss = weights = score = scored = 0.0
     seen = 0
     with keeping_modes(model):
         model.eval()
-        for number, (x, y) in enumerate(by_epoch(images, batch_size, "none", None, device)(0), 1):
+        batches = itertools.islice(by_epoch(images, batch_size, "none", None, device)(0), most)
+        for number, (x, y) in enumerate(batches, 1):
             with autocast(device, PRECISIONS[precision]):
                 outputs = model(channels_last(x))
             outputs = in_full_precision(outputs)

@@ -88,9 +88,9 @@ def fit(
             ``(x, y)`` batches with a length; it, or else its samplers (``sampler``, ``batch_sampler`` and what is in
             these), are told the epoch if they have ``set_epoch``. Images in memory need no workers; a ``Stream`` and a
             DataLoader have theirs (``workers``, ``num_workers``).
-        val: the same, for the accuracy after each epoch; never the test images. None leaves it out. Of several
-            processes the means are over the images of all: batches may be divided, or be whole in every process. A
-            DistributedSampler repeats images to have equal parts, which then count twice.
+        val: the same, for the accuracy after each epoch; never the test images. None leaves it out. Its first batch is
+            tried before training. Of several processes the means are over the images of all: batches may be divided, or
+            be whole in every process. A DistributedSampler repeats images to have equal parts, which then count twice.
         budget: a :class:`Budget` or dict; with neither it nor ``prune`` the dense network is trained.
         prune: another way to make the network smaller, called as ``prune(model, channels, steps)``; it returns what
             is trained in the model's place, see :func:`tcp_core.study.comparators.pruner`.
@@ -226,6 +226,8 @@ def fit(
         run.restore(saved)
         if first and verbose is not False:
             say(f"resuming from step {run.step} of {steps}")
+    if val is not None:
+        run.try_out(val)
     run.called = together(run.network, device)
     shown = first and (on_epoch is None and on_step is None if verbose is None else verbose)
     for epoch in range(len(run.history), epochs):

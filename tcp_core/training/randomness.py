@@ -6,6 +6,7 @@ given: a DataLoader's ``generator=``, its sampler's, one that a dataset or a mod
 
 from __future__ import annotations
 
+import contextlib
 import random
 import warnings
 from collections import deque
@@ -50,6 +51,21 @@ def set_random_state(state: Mapping[str, Any], device: torch.device, **given: An
             f"Build loaders and network as they were built then.",
             stacklevel=2,
         )
+    _put(state, device, found)
+
+
+@contextlib.contextmanager
+def random_numbers_kept(device: torch.device, **given: Any):
+    """Have random numbers stand at the end where they stand now; generators that are made meanwhile are left alone."""
+    state, found = random_state(device, **given), generators(**given)
+    try:
+        yield
+    finally:
+        _put(state, device, found)
+
+
+def _put(state: Mapping[str, Any], device: torch.device, found: Mapping[str, Any]) -> None:
+    """Set random numbers, and those generators of ``found`` that are in ``state``."""
     random.setstate(_tuples(state["python"]))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002

@@ -17,16 +17,17 @@ from torch import Tensor, nn
 
 from ..channels import Channels
 from ..report import Report
+from ..state import left_as_found
 from ..tailor import SAID_LATER, Tailor
 from .averaging import Average
 from .batches import channels_last, to_their_end
 from .checkpoints import CheckpointError, plain, prepare, write
-from .evaluation import PRECISIONS, autocast, validated
+from .evaluation import PRECISIONS, autocast, sums, validated
 from .guard import Guard
 from .identity import differences
 from .objective import Objective, in_full_precision, taught
 from .processes import alone, gathered, rank_and_world, share, summed, together
-from .randomness import random_state, set_random_state, warn_of_workers
+from .randomness import random_numbers_kept, random_state, set_random_state, warn_of_workers
 from .unsaved import buffers_in, hidden, put, put_into
 
 
@@ -151,11 +152,15 @@ class Run:
 
     def random_state(self) -> dict[str, Any]:
         """Return where the random numbers of this process stand."""
-        return random_state(self.device, **self.given, network=self.trained, **self.judging)
+        return random_state(self.device, **self.random_sources())
 
     def set_random_state(self, state: Mapping[str, Any]) -> None:
         """Go on with the random numbers where :meth:`random_state` was called."""
-        set_random_state(state, self.device, **self.given, network=self.trained, **self.judging)
+        set_random_state(state, self.device, **self.random_sources())
+
+    def random_sources(self) -> dict[str, Any]:
+        """Return the objects whose own random generators count, by name."""
+        return {**self.given, "network": self.trained, **self.judging}
 
     def train(self, batches: Iterable[tuple[Tensor, Any]], position: int) -> None:
         """Take the epoch's step ``position``; a loss or gradient that is not finite, or a label that is none, raises,
@@ -218,6 +223,20 @@ class Run:
         share(self.network.buffers())
         if self.average is not None:
             share(self.average.values.values())
+
+    @torch.no_grad()
+    def try_out(self, val: Any) -> None:
+        """Validate on the first batch (of images in memory, on two): what is wrong with it would raise after an epoch.
+
+        Weights, random numbers and whatever else counts in the run are as before.
+        """
+        judges = [each for each in self.judging.values() if isinstance(each, nn.Module)]
+        try:
+            with random_numbers_kept(self.device, **self.random_sources()), left_as_found(self.network, *judges):
+                sums(self.network, val, 2, self.precision, self.device, self.objective, most=1)
+        except Exception as error:
+            error.add_note("This was the first batch of val, tried before training.")
+            raise
 
     def validate(self, val: Any) -> dict[str, float]:
         """Return loss and accuracy of the network, or of its average, on ``val``; nothing if that is None."""
