@@ -192,3 +192,15 @@ def test_the_caveat_on_rules_before_the_present_one_is_there_as_long_as_it_is_tr
     assert any(late) == (sentence in " ".join(page(study).split()))
     named = [run.endswith("-seed0") and "macs0.1-" not in run for run in long]
     assert late == named or not any(late), "the runs with another phase are not the ones that the page names"
+
+
+@pytest.mark.medium
+def test_the_caveat_on_a_start_that_was_trained_again_names_the_runs_from_it(study):
+    again = study[study["run"].str.startswith("cifar10-long/pretrained-again/")]
+    others = study[study["run"].str.startswith("cifar10-long/pretrained/")]
+    assert "start from another network than the runs beside them" in " ".join(page(study).split())
+    assert set(again["method"]) <= {"tailored", "taylor", "torch_pruning"}
+    for method in ("tailored", "taylor"):
+        assert set(again[again["method"] == method]["seed"]) <= {2}
+        assert set(others[others["method"] == method]["seed"]) == {0, 1}
+    assert set(again[again["method"] == "torch_pruning"]["budget"]) <= {"30 % macs"}
