@@ -207,13 +207,25 @@ def test_what_is_wrong_with_validation_is_told_before_training(images, budget):
         fit(model, images[0], labels, **given)
 
 
+class Counted:
+    """A loss that depends on how often it was asked, by a number and by a buffer."""
+
+    def __init__(self):
+        self.calls, self.norm = 0, nn.BatchNorm1d(10)
+
+    def __call__(self, outputs, targets):
+        self.calls += 1
+        return F.cross_entropy(self.norm(outputs), targets) * (1 + self.calls / 100)
+
+
 def test_validation_that_is_tried_out_changes_nothing(images, monkeypatch):
     def trained():
         random.seed(1)
         torch.manual_seed(1)
         model = nn.Sequential(network(), nn.Dropout(0.3))
-        val = Noise()
-        found = fit(model, images[0].split(100)[1], val, budget=None, epochs=2, verbose=False, batch_size=20)
+        val, loss, metric = Noise(), Counted(), Counted()
+        options = {"loss": lambda *given: loss(*given), "metric": metric, "verbose": False, "batch_size": 20}
+        found = fit(model, images[0].split(100)[1], val, budget=None, epochs=2, **options)
         return weights(found.model), found.history.drop(columns="seconds"), val.drawn
 
     first = trained()

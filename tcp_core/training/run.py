@@ -230,9 +230,10 @@ class Run:
 
         Weights, random numbers and whatever else counts in the run are as before.
         """
-        judges = [each for each in self.judging.values() if isinstance(each, nn.Module)]
+        judges = nn.Module()
+        judges.held = list(self.judging.values())  # and with them the modules and objects that functions hold
         try:
-            with random_numbers_kept(self.device, **self.random_sources()), left_as_found(self.network, *judges):
+            with random_numbers_kept(self.device, **self.random_sources()), left_as_found(self.network, judges):
                 sums(self.network, val, 2, self.precision, self.device, self.objective, most=1)
         except Exception as error:
             error.add_note("This was the first batch of val, tried before training.")
