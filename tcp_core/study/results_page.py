@@ -20,7 +20,7 @@ STUDIES = {
     ),
     "cifar10-long": (
         "Long runs on CIFAR-10: how good the networks become",
-        "The same comparison at lengths at which accuracies have nearly settled.",
+        "The same comparison in runs of ten to forty epochs.",
     ),
     "cifar10-half": (
         "Long runs at half resolution",
@@ -38,7 +38,8 @@ STUDIES = {
 INTRODUCTION = """\
 # Results
 
-*Made by `make report` from [results/runs](../results/runs). Every number, also in sentences, is computed from the runs.
+*Made by `make report` from [results/runs](../results/runs). Every number, also in sentences, is computed from the runs,
+but for those of the last section.
 The tables behind this page are in [results/tables](../results/tables); all runs are declared in
 [experiments](../experiments).*
 
@@ -229,11 +230,13 @@ def _overall(row, summary, accuracy):
     best = best[(best["data"] == row["data"]) & (best["options"] == row["options"])]
     best = best[best["epochs"].map(tables.length) == row["length"]]
     se = "" if absent(row["se"]) else f", standard error {number(row['se'], 2)}"
+    level = row["pairs"] - row["wins"] - row["losses"]
+    draws = f", {_count(level, 'draw')}" if level else ""
     said = (
         f"**{', '.join(filter(None, [row['data'], row['options'], row['length']]))}.** Over "
         f"{_count(row['pairs'], 'budget')} in all settings ours is {_points(row['difference'])} the best of "
         f"{_comparators(accuracy, best)} in the mean{se}: {_count(row['wins'], 'win')}, "
-        f"{_count(row['losses'], 'loss', 'losses')}. The study's goal, "
+        f"{_count(row['losses'], 'loss', 'losses')}{draws}. The study's goal, "
         f"{number(GOAL, 1)} points above it, is {'reached' if row['reached'] == 'yes' else 'missed'}"
     )
     beyond = row["difference"] - GOAL

@@ -31,6 +31,7 @@ IF_CHANGED = (
     *("warmup", "label_smoothing", "mixing", "accumulate"),
     *("processes", "sync_batch_norm", "skip_corrupt"),
 )
+LEVEL = 0.005  # points: a smaller difference prints as 0.00 and is neither won nor lost
 OF_COMPARATORS = ("prune_at", "restart", "widths_of")
 OF_CONTROLLER = ("phase_start", "phase_end")
 OF_BOTH = ("multiple",)
@@ -181,7 +182,8 @@ def summary(pairs: pd.DataFrame, *, goals: bool = True) -> pd.DataFrame:
     `se_pooled`, as if its differences were independent. `goals`: whether to say if the goals were reached that the
     committed study set itself.
     """
-    pairs = pairs.assign(pairs=1, wins=1 * (pairs["difference"] > 0), losses=1 * (pairs["difference"] < 0))
+    better, worse = pairs["difference"] >= LEVEL, pairs["difference"] <= -LEVEL
+    pairs = pairs.assign(pairs=1, wins=1 * better, losses=1 * worse)
     pairs["length"] = pairs["epochs"].map(length)
     rivals = pairs[(pairs["rival"] != "dense") & ~borrowed(pairs["options_rival"]) & pairs["difference"].notna()]
     ours = [*GROUP, "options"]
