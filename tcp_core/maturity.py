@@ -59,7 +59,7 @@ def excess(weight: Tensor) -> float | None:
     """
     matrix = weight.detach().flatten(1)
     rows, columns = (-(-size // most) for size, most in zip(matrix.shape, SIDE, strict=True))
-    matrix = matrix[::rows, ::columns].double().cpu()
+    matrix = matrix[::rows, ::columns].cpu().double()  # a device may have no float64
     (n, m), scale = matrix.shape, matrix.abs().max()
     if min(n, m) < 2 or not scale > 0 or not scale.isfinite():
         return None
