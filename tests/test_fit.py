@@ -236,6 +236,38 @@ def test_validation_that_is_tried_out_changes_nothing(images, monkeypatch):
     assert (first[2], other[2]) == (7, 6)
 
 
+class Balanced(nn.Module):
+    """A loss that follows how often each class is seen, while it trains (Menon et al., 2021)."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("share", torch.full((10,), 0.1))
+
+    def forward(self, outputs, targets):
+        if self.training:
+            self.share.mul_(0.9).add_(0.1 * F.one_hot(targets, 10).float().mean(0))
+        return F.cross_entropy(outputs + self.share.clamp(min=1e-3).log(), targets)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda loss: loss, lambda loss: lambda *given: loss(*given)], ids=["module", "inside"]
+)
+def test_a_loss_is_held_out_in_eval_mode(images, wrap):
+    train, val = images[0].split(100)
+    weight, shares = [], []
+    for held_out in (None, val):
+        model, loss = network(), Balanced()
+        fit(model, train, held_out, budget=None, epochs=2, batch_size=BATCH, loss=wrap(loss), verbose=False)
+        weight.append(weights(model))
+        shares.append(loss.share.clone())
+        assert loss.training
+    assert same(*weight)
+    assert torch.equal(*shares)
+    evaluate(model, val, loss=wrap(loss), metric=wrap(loss))
+    assert torch.equal(loss.share, shares[1])
+    assert loss.training
+
+
 # -------------------------------------------------------------------------------------------------
 # Dense
 

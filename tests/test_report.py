@@ -81,6 +81,36 @@ def test_mean_spread_and_differences_by_hand(monkeypatch):
     assert total.loc["dense at 50 % macs", "reached"] == "no"
 
 
+def test_methods_are_compared_within_the_starts_that_both_have(monkeypatch):
+    """Two starts: of the second one, which is better for everybody, `uniform_l1` and the dense network have no run."""
+
+    def runs(method, *accuracies, start, first=0, **changes):
+        changes |= {"param.weights": "resnet20/network.safetensors", "param.weights_sha256": start}
+        each = enumerate(accuracies, first)
+        return [run(method=method, seed=seed, test_accuracy=value, **changes) for seed, value in each]
+
+    rows = runs("tailored", 0.80, 0.82, start=None) + runs("tailored", 0.90, start="b", first=2)
+    rows += runs("taylor", 0.79, 0.81, start=None) + runs("taylor", 0.84, start="b", first=2)
+    rows += runs("uniform_l1", 0.80, 0.81, start=None)
+    rows += [each | DENSE for each in runs("dense", 0.9, start=None)]
+    study = study_of(monkeypatch, *rows)
+    assert len(tables.accuracy(study)) == 4  # one row a method
+    pairs = tables.differences(tables.accuracy(study, by_start=True)).set_index("rival")
+    assert pairs.loc["taylor", "difference"] == pytest.approx((2 * 1 + 1 * 6) / 3)
+    assert pairs.loc["taylor", ["n", "n_rival"]].to_list() == [3, 3]
+    assert pairs.loc["taylor", ["accuracy", "accuracy_rival"]].to_list() == pytest.approx([84, 244 / 3])
+    pooled = (2 + 2 + 0.5) / 3
+    assert pairs.loc["taylor", "se"] == pytest.approx((4 * (2 / 2 + 2 / 2) + 2 * pooled) ** 0.5 / 3)
+    assert pairs.loc["uniform_l1", ["accuracy", "n", "difference"]].to_list() == pytest.approx([81, 2, 0.5])
+    assert pairs.loc["uniform_l1", "se"] == pytest.approx((2 / 2 + 0.5 / 2) ** 0.5)
+    assert pairs.loc["dense", "difference"] == pytest.approx(81 - 90)
+
+    rows = runs("tailored", 0.80, 0.82, start=None) + runs("taylor", 0.79, 0.83, start="b")
+    pairs = tables.differences(tables.accuracy(study_of(monkeypatch, *rows), by_start=True))
+    assert pairs["difference"].to_list() == pytest.approx([0])  # of one start nothing is known, so they are compared
+    assert pairs["se"].to_list() == pytest.approx([(2 / 2 + 8 / 2) ** 0.5])
+
+
 def test_a_network_with_the_widths_of_ours_is_no_comparator(monkeypatch):
     """It would beat ours with what ours found; it is compared, but not among the rivals."""
     rows = [run(), run(test_accuracy=0.8, method="small")]

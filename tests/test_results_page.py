@@ -45,7 +45,8 @@ def test_every_run_that_was_compared_is_on_the_page(study):
     cells = [cell for name in budgets for cell in overview[name].dropna()]
     assert len(cells) > 30
     assert all(f"| {cell} " in text for cell in cells)
-    best = tables.summary(tables.differences(accuracy)).query("part == 'best comparator'")
+    pairs = tables.differences(tables.accuracy(study, by_start=True))
+    best = tables.summary(pairs).query("part == 'best comparator'")
     assert len(re.findall("the best comparator there", text)) == len(best)
     losses = (best["difference"] < -0.005).sum()
     assert len(re.findall(r"points below \*[^*]+\*, the best comparator there", text)) == losses > 0

@@ -60,12 +60,13 @@ From a pretrained network the comparators prune before the first step, but for t
 (batch-norm slimming and fixed strength; the tables say until when). From scratch they train, prune and fine-tune within
 the epochs of our one run. The test images are read once, at the end of a run.
 
-Accuracies are percent, mean ± standard deviation over (n) seeds. Differences are points, with their standard error. **A
+Accuracies are percent, mean ± standard deviation over (n) seeds. Differences are points, with their standard error;
+where runs of one setting began with different weights, they are taken within each start that both methods have. **A
 difference of less than two standard errors, or of one seed, may be chance**, and with so few seeds one of three or four
 may be, too. Standard errors are of seeds alone: neither the start that runs share nor the choice of the 10,000 test
-images is in them. "The best comparator" is the best at that
-budget, chosen after the fact: the hardest choice for ours. The standard error of a mean over budgets takes, for
-settings of one seed, the standard deviation that the same data's other settings have, pooled."""
+images is in them. "The best comparator" is the best at that budget, chosen after the fact: the hardest choice for ours.
+The standard error of a mean over budgets takes, for settings of one seed, the standard deviation that the same data's
+other settings have, pooled."""
 
 CAVEATS = """\
 - All runs have any widths (`multiple=1`). By default `Tailor` and `fit` take multiples of 8 or 4; what these cost and
@@ -119,11 +120,11 @@ def page(
     declarations: those without runs are named.
     """
     accuracy = tables.accuracy(study)
-    pairs = tables.differences(accuracy)
+    pairs = tables.differences(tables.accuracy(study, by_start=True))
     summary = tables.summary(pairs)
     place = _Place(Path(figures), Path(folder))
     text = [INTRODUCTION, *(said for data, said in DATA.items() if data in set(accuracy["data"]))]
-    text += ["## All of it at a glance", GLANCE, *_glance_and_reading(summary, accuracy, _of_first_starts(study))]
+    text += ["## All of it at a glance", GLANCE, *_glance_and_reading(summary, accuracy)]
     home = study.groupby(GROUP)["run"].agg(lambda runs: min(map(_order, runs))).to_dict()
     shown = None
     for name, rows in sorted(study_plots.groups(accuracy).items(), key=lambda item: home[_key(item[1])]):
@@ -143,8 +144,8 @@ def page(
 def at_a_glance(study: pd.DataFrame) -> str:
     """Return the part of the page that the README repeats: the table at a glance and what it comes to."""
     accuracy = tables.accuracy(study)
-    summary = tables.summary(tables.differences(accuracy))
-    return "\n\n".join(_glance_and_reading(summary, accuracy, _of_first_starts(study)))
+    summary = tables.summary(tables.differences(tables.accuracy(study, by_start=True)))
+    return "\n\n".join(_glance_and_reading(summary, accuracy))
 
 
 def refreshed(text: str, part: str) -> str:
@@ -155,9 +156,6 @@ def refreshed(text: str, part: str) -> str:
         raise ValueError(f"the text has no part between the lines {MARKS[0]!r} and {MARKS[1]!r}.")
     return f"{before}{MARKS[0]}\n\n{part}\n\n{MARKS[1]}{after}"
 
-
-AGAIN = "-again/"
-"""In the names of runs: they start from a network that was trained again, for the first one was lost."""
 
 MARKS = "<!-- results: made by `make report` -->", "<!-- end of results -->"
 GLANCE = (
@@ -197,31 +195,9 @@ def _budgets(rows):
     return [budget for budget, methods in by.items() if "tailored" in methods and len(methods) > 1]
 
 
-def _of_first_starts(study):
-    """Return summary and accuracy of the runs that are not from a start which was trained again."""
-    accuracy = tables.accuracy(study[~study["run"].str.contains(AGAIN, regex=False)])
-    return tables.summary(tables.differences(accuracy)), accuracy
-
-
-def _glance_and_reading(summary, accuracy, of_first):
-    rows = _part(summary, "mean over all").to_dict("records")
-    said = [_like_for_like(row, summary, accuracy, of_first) for row in rows]
+def _glance_and_reading(summary, accuracy):
+    said = [_overall(row, summary, accuracy) for row in _part(summary, "mean over all").to_dict("records")]
     return [_table(glance(summary, accuracy)), "\n".join(f"- {each}" for each in said)]
-
-
-def _like_for_like(row, summary, accuracy, of_first):
-    """Say what a mean is of runs from the starts that all methods have, and what it is with the others."""
-    alike = _part(of_first[0], "mean over all")
-    for name in ("data", "options", "length"):
-        alike = alike[alike[name] == row[name]]
-    if alike.empty or alike["difference"].iloc[0] == row["difference"]:
-        return _overall(row, summary, accuracy)
-    error = "" if absent(row["se"]) else f", standard error {number(row['se'], 2)}"
-    return (
-        f"{_overall(alike.iloc[0].to_dict(), *of_first)} That is of the start that all methods have runs from. With "
-        f"those from a start that was trained again, which are in the table, the mean is "
-        f"{_signed(row['difference'])}{error}; but some comparators have none."
-    )
 
 
 def _overall(row, summary, accuracy):

@@ -18,7 +18,7 @@ from ..training.plots import COLORS, DOTS, TEXT_GREY, finished, style
 from .naming import name_inside, name_right
 from .pages import COSTS, GOAL, GROUP, METHODS, heading, number
 from .published import ARCHITECTURES
-from .tables import borrowed, budget_order, family
+from .tables import LEVEL, borrowed, budget_order, family
 
 OURS = COLORS["tailored"]
 LOST = "#8C2D5A"  # where a comparator is better
@@ -187,7 +187,7 @@ def difference_figure(pairs: pd.DataFrame, *, goals: bool = True) -> Figure:
             here = pairs["budget"] == budget
             for row, name in zip(pairs[here].to_dict("records"), np.array(names)[here], strict=True):
                 at, gain, bar = rows.index(name), row["difference"], np.nan_to_num(row["se"])
-                color = OURS if gain > 0 else LOST
+                color = OURS if gain >= LEVEL else LOST if gain <= -LEVEL else COLORS["text"]
                 look = {"color": color, "mfc": color if bar else "white", "ms": 5, "elinewidth": 1.4, "capsize": 2.5}
                 inside = abs(gain) <= reach
                 marker = "o" if inside else ">" if gain > 0 else "<"

@@ -64,7 +64,8 @@ def run_defaults(notebook: str | Path) -> dict:
 def study(root: str | Path, defaults: Mapping | None = None) -> pd.DataFrame:
     """Return one row for each finished run below `root`, in the order of every table.
 
-    Columns: `KEY`, run, searched (it compared controllers), seed, accuracy (test), val_accuracy, macs and params
+    Columns: `KEY`, start (hash of the weights it began with, "" where none is recorded), run, searched (it compared
+    controllers), seed, accuracy (test), val_accuracy, macs and params
     (percent of dense), requested and before of each cost (percent of dense; `before`: what a sparsity-training method
     had left open by itself), utilisation (of the binding budget), largest_gate, training_cost (epochs of the dense
     network, see `training_cost`), seconds, machine. `defaults` stand in
@@ -83,8 +84,10 @@ def _starts_apart(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(**{"param.weights": name.mask(several & known.notna(), name + " " + known.str[:8])})
 
 
-def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
+def accuracy(runs: pd.DataFrame, *, by_start: bool = False) -> pd.DataFrame:
     """Return mean and standard deviation over seeds for each `KEY`, beside the dense network of the same `GROUP`.
+
+    ``by_start``: a row for each start of a key, as :func:`differences` wants them, and not one over all.
 
     `n` is the number of seeds; `sd` (of a sample, n - 1) is missing for one. Several runs with the same key and seed
     count as one, their mean, with a warning if their accuracies differ. `seconds_of_dense` is missing where the two did
@@ -92,18 +95,19 @@ def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
     """
     for text in repeated(runs):
         warnings.warn(text, stacklevel=2)
-    runs = runs[~runs["searched"]]
+    runs, key = runs[~runs["searched"]], [*KEY, "start"] if by_start else list(KEY)
+    group = [*GROUP, "start"] if by_start else list(GROUP)
     numbers = ["accuracy", *COSTS, *_each("requested"), *_each("before"), "utilisation", "training_cost", "seconds"]
-    seeds = runs.groupby([*KEY, "seed"], dropna=False).agg(dict.fromkeys(numbers, "mean") | {"machine": _texts})
-    by_key = seeds.reset_index().groupby(KEY)
+    seeds = runs.groupby([*key, "seed"], dropna=False).agg(dict.fromkeys(numbers, "mean") | {"machine": _texts})
+    by_key = seeds.reset_index().groupby(key)
     table = by_key[numbers].mean()
     table.insert(1, "sd", by_key["accuracy"].std())
     table.insert(2, "n", by_key["accuracy"].count())
     table["machine"] = by_key["machine"].agg(_texts)
     table = table.reset_index()
 
-    dense = table[table["method"] == "dense"][[*GROUP, "accuracy", "seconds", "machine"]]
-    beside = table[GROUP].merge(dense, on=GROUP, how="left").set_axis(table.index)
+    dense = table[table["method"] == "dense"][[*group, "accuracy", "seconds", "machine"]]
+    beside = table[group].merge(dense, on=group, how="left").set_axis(table.index)
     table.insert(list(table).index("n") + 1, "delta_dense", table["accuracy"] - beside["accuracy"])
     relative = 100 * table["seconds"] / beside["seconds"]
     relative = relative.where(table["machine"] == beside["machine"])
@@ -145,15 +149,19 @@ def overview(table: pd.DataFrame) -> pd.DataFrame:
 def differences(table: pd.DataFrame) -> pd.DataFrame:
     """Return ours minus each other method (dense too) of the same `GROUP` and budget, from the table `accuracy`.
 
-    `se` is the standard error of the difference, sqrt(sd^2 / n + sd^2 / n), missing where either has one seed.
-    `se_pooled` is the same with, for one seed, the pooled standard deviation of all rows of the data set.
+    If that is ``by_start``, methods are compared within each start that both have runs from (between all, where there
+    is none), and the mean over starts is taken, each weighed by the seeds of the side that has fewer; accuracies and
+    ``n`` are of the runs that are compared. `se` is the standard error of the difference, sqrt(sd^2 / n + sd^2 / n),
+    missing where either has one seed. `se_pooled` is the same with, for one seed, the pooled standard deviation of all
+    rows of the data set; over several starts, `se` is it.
     """
+    table = table if "start" in table else table.assign(start="")
     free = (table["n"] - 1).clip(lower=0)  # no seed, where the test images were not read
     squares = table.assign(free=free, square=free * table["sd"] ** 2).groupby("data")
     pooled = squares["square"].sum() / squares["free"].sum().replace(0, np.nan)
     table = table.assign(variance=(table["sd"] ** 2).fillna(table["data"].map(pooled)) / table["n"])
     ours = table[table["method"] == "tailored"].drop(columns="method")
-    rivals = table[table["method"] != "tailored"]
+    rivals = table[table["method"] != "tailored"].rename(columns={"method": "rival"})
     dense = rivals["budget"] == "dense"
     pairs = pd.concat(
         [
@@ -165,10 +173,26 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
     pairs["difference"] = pairs["accuracy"] - pairs["accuracy_rival"]
     pairs["se"] = np.sqrt(pairs["sd"] ** 2 / pairs["n"] + pairs["sd_rival"] ** 2 / pairs["n_rival"])
     pairs["se_pooled"] = np.sqrt(pairs["variance"] + pairs["variance_rival"])
+    of = [*GROUP, "options", "budget", "rival", "options_rival"]
     shown = ["accuracy", "sd", "n", "accuracy_rival", "sd_rival", "n_rival", "difference", "se", "se_pooled"]
-    return _in_order(pairs.rename(columns={"method": "rival"}))[
-        [*GROUP, "options", "budget", "rival", "options_rival", *shown]
-    ]
+    return _in_order(_over_starts(pairs, of)[[*of, *shown]])
+
+
+def _over_starts(pairs, of):
+    """Return one row for each value of `of`: of the starts that both sides have, or of all where they share none."""
+    same = pairs["start"] == pairs["start_rival"]
+    shared = same.groupby([pairs[name] for name in of]).transform("any")
+    pairs = pairs[same | ~shared]
+    alone = ~pairs.duplicated(of, keep=False)
+    several = pairs[~alone]
+    weight = several[["n", "n_rival"]].min(axis=1)
+    share = weight / weight.groupby([several[name] for name in of]).transform("sum")
+    means = {name: share * several[name] for name in ("accuracy", "accuracy_rival", "difference")}
+    squares = (share * several["se_pooled"]) ** 2
+    groups = several.assign(**means, square=squares).groupby(of, sort=False)
+    mean = groups[[*means, "n", "n_rival"]].sum()
+    mean["se"] = mean["se_pooled"] = np.sqrt(groups["square"].agg(lambda each: each.sum(skipna=False)))
+    return pd.concat([pairs[alone], mean.reset_index()], ignore_index=True)
 
 
 def summary(pairs: pd.DataFrame, *, goals: bool = True) -> pd.DataFrame:
@@ -317,6 +341,7 @@ def _run(row, defaults):
         "budget": " + ".join(f"{100 * share:g} % {cost}" for cost, share in budget.items()) or "dense",
         "method": method,
         "options": ", ".join(_changed(given, options.get(method, (*OF_COMPARATORS, *OF_BOTH)), defaults)),
+        "start": "" if absent(given.get("weights_sha256")) else given["weights_sha256"],
         "run": row["run"],
         "searched": len(folders) > 1 and folders[-2].startswith("search"),
         "seed": row["seed"],

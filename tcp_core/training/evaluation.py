@@ -20,6 +20,7 @@ from ..state import keeping_modes
 from .batches import by_epoch, channels_last
 from .objective import Objective, check_functions, in_full_precision
 from .processes import rank_and_world, summed
+from .randomness import reached
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -35,7 +36,7 @@ def evaluate(
     loss: Callable[[Any, Any], Tensor] | None = None,
     metric: Callable[[Any, Any], Tensor | float] | None = None,
 ) -> dict[str, float]:
-    """Return ``{"loss", "accuracy"}`` of ``model`` in eval mode, both means over ``images``.
+    """Return ``{"loss", "accuracy"}`` of ``model``, in eval mode as ``loss`` and ``metric`` are, means over ``images``.
 
     By default mean cross-entropy and the fraction right, images and pixels with the label -100 left out. With
     ``loss`` and ``metric``, functions of (outputs, targets) as in :func:`tcp_core.fit`, the means of what these give;
@@ -88,8 +89,10 @@ def sums(
     """
     loss = weights = score = scored = 0.0
     seen = 0
-    with keeping_modes(model):
-        model.eval()
+    judges = reached(nn.Module, loss=objective.loss, metric=objective.metric).values()  # also those inside of functions
+    with keeping_modes(model, *judges):
+        for module in (model, *judges):
+            module.eval()
         batches = itertools.islice(by_epoch(images, batch_size, "none", None, device)(0), most)
         for number, (x, y) in enumerate(batches, 1):
             with autocast(device, PRECISIONS[precision]):
