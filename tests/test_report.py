@@ -54,7 +54,8 @@ def test_mean_spread_and_differences_by_hand(monkeypatch):
     rows += [run(seed=seed, test_accuracy=value, **DENSE) for seed, value in enumerate((0.95, 0.97))]
     rows += [run(seed=seed, test_accuracy=value, method="taylor") for seed, value in enumerate((0.91, 0.93))]
     rows += [run(test_accuracy=0.5, method="random")]
-    table = tables.accuracy(study_of(monkeypatch, *rows)).set_index("method")
+    study = study_of(monkeypatch, *rows)
+    table = tables.accuracy(study).set_index("method")
     assert list(table.index) == ["dense", "tailored", "taylor", "random"]
     assert table["accuracy"].to_list() == pytest.approx([96, 92, 92, 50])
     assert table["sd"].to_list() == pytest.approx([2**0.5, 2, 2**0.5, np.nan], nan_ok=True)
@@ -63,7 +64,7 @@ def test_mean_spread_and_differences_by_hand(monkeypatch):
     assert table["seconds_of_dense"].to_list() == [100] * 4
     assert table["utilisation"].to_list() == pytest.approx([np.nan, 99.8, 99.8, 99.8], nan_ok=True)
 
-    pairs = tables.differences(table.reset_index()).set_index("rival")
+    pairs = tables.differences(study).set_index("rival")
     assert pairs["difference"].to_list() == pytest.approx([-4, 0, 42])
     assert pairs.loc["taylor", "se"] == pytest.approx((4 / 3 + 2 / 2) ** 0.5)
     assert np.isnan(pairs.loc["random", "se"])
@@ -95,7 +96,7 @@ def test_methods_are_compared_within_the_starts_that_both_have(monkeypatch):
     rows += [each | DENSE for each in runs("dense", 0.9, start=None)]
     study = study_of(monkeypatch, *rows)
     assert len(tables.accuracy(study)) == 4  # one row a method
-    pairs = tables.differences(tables.accuracy(study, by_start=True)).set_index("rival")
+    pairs = tables.differences(study).set_index("rival")
     assert pairs.loc["taylor", "difference"] == pytest.approx((2 * 1 + 1 * 6) / 3)
     assert pairs.loc["taylor", ["n", "n_rival"]].to_list() == [3, 3]
     assert pairs.loc["taylor", ["accuracy", "accuracy_rival"]].to_list() == pytest.approx([84, 244 / 3])
@@ -105,8 +106,14 @@ def test_methods_are_compared_within_the_starts_that_both_have(monkeypatch):
     assert pairs.loc["uniform_l1", "se"] == pytest.approx((2 / 2 + 0.5 / 2) ** 0.5)
     assert pairs.loc["dense", "difference"] == pytest.approx(81 - 90)
 
+    unread = [
+        each | ({"test_accuracy": None} if each["method"] == "taylor" and each["seed"] == 2 else {}) for each in rows
+    ]
+    pairs = tables.differences(study_of(monkeypatch, *unread)).set_index("rival")
+    assert pairs.loc["taylor", ["difference", "n"]].to_list() == pytest.approx([1, 2])
+
     rows = runs("tailored", 0.80, 0.82, start=None) + runs("taylor", 0.79, 0.83, start="b")
-    pairs = tables.differences(tables.accuracy(study_of(monkeypatch, *rows), by_start=True))
+    pairs = tables.differences(study_of(monkeypatch, *rows))
     assert pairs["difference"].to_list() == pytest.approx([0])  # of one start nothing is known, so they are compared
     assert pairs["se"].to_list() == pytest.approx([(2 / 2 + 8 / 2) ** 0.5])
 
@@ -115,8 +122,8 @@ def test_a_network_with_the_widths_of_ours_is_no_comparator(monkeypatch):
     """It would beat ours with what ours found; it is compared, but not among the rivals."""
     rows = [run(), run(test_accuracy=0.8, method="small")]
     rows += [run(test_accuracy=0.95, method="small", **{"param.widths_of": "../runs/d/e/tailored-macs0.5-seed0"})]
-    table = tables.accuracy(study_of(monkeypatch, *rows))
-    pairs = tables.differences(table)
+    study = study_of(monkeypatch, *rows)
+    table, pairs = tables.accuracy(study), tables.differences(study)
     assert sorted(pairs["options_rival"]) == ["", "with the widths of ours"]
     figure = study_plots.training_cost_figure(table)  # in which it would not have the cost of ours
     assert not [text for text in figure.findobj(Text) if "widths" in text.get_text()]
@@ -169,8 +176,8 @@ def test_means_are_those_of_pandas(study):
     by_key = study[~study["searched"]].groupby(pages.KEY)["accuracy"]
     pd.testing.assert_series_equal(table["accuracy"].sort_index(), by_key.mean(), check_dtype=False)
     pd.testing.assert_series_equal(table["sd"].sort_index(), by_key.std(), check_names=False)
-    best = tables.summary(tables.differences(table.reset_index())).query("part == 'best comparator'")
-    mean = tables.summary(tables.differences(table.reset_index())).query("part == 'mean over all'")
+    best = tables.summary(tables.differences(study)).query("part == 'best comparator'")
+    mean = tables.summary(tables.differences(study)).query("part == 'mean over all'")
     assert (mean["difference"] * mean["pairs"]).sum() == pytest.approx(best["difference"].sum())
     assert (mean["wins"] + mean["losses"]).sum() == len(best)
     assert mean["losses"].sum() > 0  # the fixture has a loss, and it is shown
@@ -259,7 +266,7 @@ def test_few_runs_still_make_every_table(monkeypatch, rows, tmp_path):
 
 def all_tables(study):
     accuracy = tables.accuracy(study)
-    differences = tables.differences(accuracy)
+    differences = tables.differences(study)
     return {
         **{"overview": tables.overview(accuracy), "accuracy": accuracy},
         **{"differences": differences, "summary": tables.summary(differences)},
@@ -345,7 +352,7 @@ def test_trim_gives_a_reason_for_each_dropped_row():
 
 def figures(study):
     accuracy = tables.accuracy(study)
-    pairs = tables.differences(accuracy)
+    pairs = tables.differences(study)
     published = pd.read_csv(PUBLISHED)
     beside = tables.beside_published(accuracy, published)
     (name, rows), *_ = study_plots.groups(accuracy).items()
@@ -421,7 +428,7 @@ def test_bars_of_differences_are_drawn_to_their_ends(monkeypatch):
     rows += [run(seed=seed, test_accuracy=value, method="random") for seed, value in enumerate((0.20, 0.21))]
     for name in ("uniform_l1", "global_l1", "slimming"):
         rows += [run(seed=seed, test_accuracy=0.905, method=name) for seed in (0, 1)]
-    axes = study_plots.difference_figure(tables.differences(tables.accuracy(study_of(monkeypatch, *rows)))).axes[0]
+    axes = study_plots.difference_figure(tables.differences(study_of(monkeypatch, *rows))).axes[0]
     low, high = axes.get_xlim()
     bars = [path.vertices[:, 0] for bar in axes.collections for path in bar.get_paths()]
     assert len(bars) == 4  # all but that of a method which is 70 points off
@@ -477,7 +484,7 @@ def test_numbers_are_rounded_as_by_hand(value, digits, text):
 @pytest.mark.medium
 def test_runs_of_ones_own_have_no_goals(study, tmp_path):
     """The goals are those of the committed study: of other runs, a report that names them would be wrong."""
-    differences = tables.differences(tables.accuracy(study))
+    differences = tables.differences(study)
     own = pages.write(tables.summary(differences, goals=False), "summary", tmp_path / "own")
     committed = pages.write(tables.summary(differences), "summary", tmp_path / "committed")
     assert "goal" in committed

@@ -45,7 +45,7 @@ def test_every_run_that_was_compared_is_on_the_page(study):
     cells = [cell for name in budgets for cell in overview[name].dropna()]
     assert len(cells) > 30
     assert all(f"| {cell} " in text for cell in cells)
-    pairs = tables.differences(tables.accuracy(study, by_start=True))
+    pairs = tables.differences(study)
     best = tables.summary(pairs).query("part == 'best comparator'")
     assert len(re.findall("the best comparator there", text)) == len(best)
     losses = (best["difference"] < -0.005).sum()
@@ -55,8 +55,8 @@ def test_every_run_that_was_compared_is_on_the_page(study):
 
 def test_runs_whose_test_images_were_not_read_change_no_standard_error(study):
     unread = study[study["method"] == "taylor"].assign(accuracy=np.nan, recipe="another")
-    compared = tables.differences(tables.accuracy(study))
-    more = tables.differences(tables.accuracy(pd.concat([study, unread, unread.assign(recipe="a third")])))
+    compared = tables.differences(study)
+    more = tables.differences(pd.concat([study, unread, unread.assign(recipe="a third")]))
     pd.testing.assert_frame_equal(more[more["recipe"].isin(study["recipe"])].reset_index(drop=True), compared)
 
 
@@ -64,7 +64,7 @@ def test_a_budget_whose_comparators_were_not_read_has_no_best_one(study):
     unread = study.assign(
         accuracy=study["accuracy"].mask((study["budget"] == "50 % macs") & (study["method"] != "tailored"))
     )
-    best = tables.summary(tables.differences(tables.accuracy(unread))).query("part == 'best comparator'")
+    best = tables.summary(tables.differences(unread)).query("part == 'best comparator'")
     assert len(best) > 0
     assert "50 % macs" not in set(best["budget"])
 

@@ -120,7 +120,7 @@ def page(
     declarations: those without runs are named.
     """
     accuracy = tables.accuracy(study)
-    pairs = tables.differences(tables.accuracy(study, by_start=True))
+    pairs = tables.differences(study)
     summary = tables.summary(pairs)
     place = _Place(Path(figures), Path(folder))
     text = [INTRODUCTION, *(said for data, said in DATA.items() if data in set(accuracy["data"]))]
@@ -144,7 +144,7 @@ def page(
 def at_a_glance(study: pd.DataFrame) -> str:
     """Return the part of the page that the README repeats: the table at a glance and what it comes to."""
     accuracy = tables.accuracy(study)
-    summary = tables.summary(tables.differences(tables.accuracy(study, by_start=True)))
+    summary = tables.summary(tables.differences(study))
     return "\n\n".join(_glance_and_reading(summary, accuracy))
 
 

@@ -4,7 +4,8 @@
 tables follow from these two. Accuracies and costs are in percent, differences of accuracy in points, times in seconds.
 
 Runs are compared only within a `GROUP`: same data, network, start, epochs and recipe, so whatever differs between two
-rows of a group is the method. Seed, threads and output folder say nothing about what was compared.
+rows of a group is the method. Where a start was trained again, a row may be of several; `differences` keeps them apart.
+Seed, threads and output folder say nothing about what was compared.
 """
 
 import ast
@@ -84,10 +85,8 @@ def _starts_apart(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(**{"param.weights": name.mask(several & known.notna(), name + " " + known.str[:8])})
 
 
-def accuracy(runs: pd.DataFrame, *, by_start: bool = False) -> pd.DataFrame:
+def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
     """Return mean and standard deviation over seeds for each `KEY`, beside the dense network of the same `GROUP`.
-
-    ``by_start``: a row for each start of a key, as :func:`differences` wants them, and not one over all.
 
     `n` is the number of seeds; `sd` (of a sample, n - 1) is missing for one. Several runs with the same key and seed
     count as one, their mean, with a warning if their accuracies differ. `seconds_of_dense` is missing where the two did
@@ -95,8 +94,19 @@ def accuracy(runs: pd.DataFrame, *, by_start: bool = False) -> pd.DataFrame:
     """
     for text in repeated(runs):
         warnings.warn(text, stacklevel=2)
-    runs, key = runs[~runs["searched"]], [*KEY, "start"] if by_start else list(KEY)
-    group = [*GROUP, "start"] if by_start else list(GROUP)
+    table = _over_seeds(runs, KEY)
+    dense = table[table["method"] == "dense"][[*GROUP, "accuracy", "seconds", "machine"]]
+    beside = table[GROUP].merge(dense, on=GROUP, how="left").set_axis(table.index)
+    table.insert(list(table).index("n") + 1, "delta_dense", table["accuracy"] - beside["accuracy"])
+    relative = 100 * table["seconds"] / beside["seconds"]
+    relative = relative.where(table["machine"] == beside["machine"])
+    table.insert(list(table).index("machine"), "seconds_of_dense", relative)
+    return _in_order(table)
+
+
+def _over_seeds(runs, key):
+    """Return the means over seeds for each value of `key`, with the accuracy's `sd` and `n`."""
+    runs = runs[~runs["searched"]]
     numbers = ["accuracy", *COSTS, *_each("requested"), *_each("before"), "utilisation", "training_cost", "seconds"]
     seeds = runs.groupby([*key, "seed"], dropna=False).agg(dict.fromkeys(numbers, "mean") | {"machine": _texts})
     by_key = seeds.reset_index().groupby(key)
@@ -104,15 +114,7 @@ def accuracy(runs: pd.DataFrame, *, by_start: bool = False) -> pd.DataFrame:
     table.insert(1, "sd", by_key["accuracy"].std())
     table.insert(2, "n", by_key["accuracy"].count())
     table["machine"] = by_key["machine"].agg(_texts)
-    table = table.reset_index()
-
-    dense = table[table["method"] == "dense"][[*group, "accuracy", "seconds", "machine"]]
-    beside = table[group].merge(dense, on=group, how="left").set_axis(table.index)
-    table.insert(list(table).index("n") + 1, "delta_dense", table["accuracy"] - beside["accuracy"])
-    relative = 100 * table["seconds"] / beside["seconds"]
-    relative = relative.where(table["machine"] == beside["machine"])
-    table.insert(list(table).index("machine"), "seconds_of_dense", relative)
-    return _in_order(table)
+    return table.reset_index()
 
 
 def repeated(runs: pd.DataFrame) -> list[str]:
@@ -146,16 +148,16 @@ def overview(table: pd.DataFrame) -> pd.DataFrame:
     return _in_order(wide.reset_index())
 
 
-def differences(table: pd.DataFrame) -> pd.DataFrame:
-    """Return ours minus each other method (dense too) of the same `GROUP` and budget, from the table `accuracy`.
+def differences(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return ours minus each other method (dense too) of the same `GROUP` and budget, from the table `study`.
 
-    If that is ``by_start``, methods are compared within each start that both have runs from (between all, where there
-    is none), and the mean over starts is taken, each weighed by the seeds of the side that has fewer; accuracies and
-    ``n`` are of the runs that are compared. `se` is the standard error of the difference, sqrt(sd^2 / n + sd^2 / n),
-    missing where either has one seed. `se_pooled` is the same with, for one seed, the pooled standard deviation of all
-    rows of the data set; over several starts, `se` is it.
+    Methods are compared within each start that both have runs from (between all, where there is none), and the mean
+    over starts is taken, each weighed by the seeds of the side that has fewer; accuracies and ``n`` are of the runs
+    that are compared. `se` is the standard error of the difference, sqrt(sd^2 / n + sd^2 / n), missing where either has
+    one seed. `se_pooled` is the same with, for one seed, the pooled standard deviation of all rows of the data set;
+    over several starts, `se` is it.
     """
-    table = table if "start" in table else table.assign(start="")
+    table = _over_seeds(runs, [*KEY, "start"])
     free = (table["n"] - 1).clip(lower=0)  # no seed, where the test images were not read
     squares = table.assign(free=free, square=free * table["sd"] ** 2).groupby("data")
     pooled = squares["square"].sum() / squares["free"].sum().replace(0, np.nan)
@@ -186,11 +188,13 @@ def _over_starts(pairs, of):
     alone = ~pairs.duplicated(of, keep=False)
     several = pairs[~alone]
     weight = several[["n", "n_rival"]].min(axis=1)
-    share = weight / weight.groupby([several[name] for name in of]).transform("sum")
+    total = weight.groupby([several[name] for name in of]).transform("sum")
+    read = (weight > 0) | (total == 0)  # not a start of which one side's test images were not read
+    several, share = several[read], (weight / total)[read]
     means = {name: share * several[name] for name in ("accuracy", "accuracy_rival", "difference")}
     squares = (share * several["se_pooled"]) ** 2
     groups = several.assign(**means, square=squares).groupby(of, sort=False)
-    mean = groups[[*means, "n", "n_rival"]].sum()
+    mean = groups[[*means, "n", "n_rival"]].sum(min_count=1)
     mean["se"] = mean["se_pooled"] = np.sqrt(groups["square"].agg(lambda each: each.sum(skipna=False)))
     return pd.concat([pairs[alone], mean.reset_index()], ignore_index=True)
 
