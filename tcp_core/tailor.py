@@ -14,13 +14,14 @@ from .channels import Channels
 from .controller import Controller
 from .cost import Budget
 from .gates import Gated, check_ungated, device_of, ungate
+from .group import average, check_alike, check_same_set, group_of
 from .maturity import has_zeros, versions
 from .maturity import maturity as maturity_of
 from .packing import packed, unpacked
 from .preparing import check_options, check_trace, check_trainable, warn_of_room, warn_of_unknown, width_options
 from .removal import check_same_model
 from .report import Report, report_of
-from .shrinking import Average, Holders, check_holders, holders, networks_in, shrink
+from .shrinking import Average, check_holders, holders, networks_in, shrink
 from .tracing import trace
 
 SAID_LATER = ("bytes_at", "place", "maturity")
@@ -124,9 +125,14 @@ class Tailor(Gated):
         return super().forward(*args, **kwargs)
 
     def _look_again(self) -> None:
-        """Tell once more how far the network is trained if its weights were changed since, as by loading some."""
+        """Tell how far the network is trained as the first forward pass finds it, and once more if its weights were
+        changed since, as by loading some: what is written through ``.data``, or by a broadcast, leaves no other trace.
+        """
+        first, now = not self.looked, versions(self.model)
+        if now is None:
+            return
         self.looked = True
-        if self.controller.step_count == 0 and (now := versions(self.model)) not in (None, self.weights_of_start):
+        if self.controller.step_count == 0 and (first or now != self.weights_of_start):
             self.weights_of_start = now
             self.controller.begin_with(maturity_of(self.model))
             self.controller.zeros = has_zeros(self.model)
@@ -206,7 +212,8 @@ class Tailor(Gated):
             # optimiser that forgets parameters will not remember them later
             there = bool(found.optimizers) or self.unchecked != ()
             check_holders(self.model, self.channels, found, trained=shrink and there)
-            self.group, self.checked, self.unchecked = self._group(found), there, now
+            self._join(group_of(self.process_group, found.wrappers))
+            self.checked, self.unchecked = there, now
         if not self.frozen:
             self._move_gates()
         if self.frozen and shrink:
@@ -250,9 +257,8 @@ class Tailor(Gated):
             self._look_again()
         gradient = self.aside if self.gate.grad is None else self.gate.grad
         gradient = gradient.detach()  # backward(create_graph=True) leaves the graph of the whole step at it
-        if self.group is not None:  # what DistributedDataParallel does to the gradients of parameters
-            torch.distributed.all_reduce(gradient, group=self.group)
-            gradient /= torch.distributed.get_world_size(self.group)
+        if self.group is not None:
+            average(gradient, self.group)
         self.controller.update(gradient)
         self.gate.grad = self.aside = self.weights_of_start = None
         self.gates.pending = False
@@ -272,31 +278,19 @@ class Tailor(Gated):
             tailor.controller, tailor.follows = self.controller, True
             tailor.gate.data.copy_(self.gate.detach())
 
-    def _group(self, found: Holders) -> Any:
-        """Return the processes whose gates' gradients are averaged, None if there is one process."""
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return None
-        group = self.process_group
-        if group is None and found.wrappers:
-            group = found.wrappers[0].process_group
-        if group is None and torch.distributed.get_world_size() > 1:
-            raise RuntimeError(
-                f"{torch.distributed.get_world_size()} processes are running, and the Tailor is not wrapped: each "
-                f"would close other gates. Train with DistributedDataParallel(tailor); if you average gradients "
-                f"yourself, give Tailor process_group=torch.distributed.group.WORLD, and for a run of each process's "
-                f"own, a group of that process alone."
-            )
-        return None if group is None or torch.distributed.get_world_size(group) == 1 else group
+    def _join(self, group: Any) -> None:
+        """Average the gates' gradients over a group of processes from now on, if their Tailors are alike."""
+        if group is not None and self.group is None:
+            now = {"maturity": self.controller.maturity, "progress": self.controller.step_count}
+            check_alike(self._run() | now, group, _same)
+        self.group = group
 
     def _shrink(self, given: Iterable[torch.optim.Optimizer] = (), trained: bool = False) -> None:
         found = holders(self.model, given)
         check_holders(self.model, self.channels, found, trained)
         losing = self.controller.losing
         if self.group is not None:
-            votes = losing.to(self.gate.device, torch.int32)
-            torch.distributed.all_reduce(votes, group=self.group)
-            if not bool(((votes == 0) | (votes == torch.distributed.get_world_size(self.group))).all()):
-                raise RuntimeError("processes have closed different gates; were they given the same model and budget?")
+            check_same_set(losing.to(self.gate.device), self.group)
         removed = self.gate.detach()[losing.to(self.gate.device)]  # as the forward pass has them
         shrink(self.model, self.channels, ~losing.cpu(), found, [network for _, network in self.carried])
         self._end(float(removed.max()) if len(removed) else 0.0)

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from tcp_core import Tailor
+
 
 def without_norms():
     """Running statistics are each process's own, so norms are in eval mode."""
@@ -47,10 +49,49 @@ def unwrapped(rank):
     assert tailor.controller.step_count == 0
 
 
+def refused(rank):
+    """Tailors that would move other gates are told of at the first step, in both processes."""
+    for options, message in (
+        ({"steps": (400, 480)[rank]}, "steps is not the same: 400 in process 0, 480 in process 1"),
+        ({"budget": {"macs": (0.5, 0.6)[rank]}}, "bounds is not the same"),
+        ({"maturity": (0.0, 1.0)[rank]}, "maturity is not the same: 0.0 in process 0, 1.0 in process 1"),
+    ):
+        model, _ = without_norms()
+        tailor = Tailor(model, torch.randn(2, 3, 8, 8), **{"budget": {"macs": 0.5}, "steps": 400} | options)
+        wrapped, optimizer = DistributedDataParallel(tailor), sgd(model.parameters())
+        cross_entropy(wrapped(batch()[0]), batch()[1]).backward()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match=message):
+            tailor.step()
+        assert tailor.controller.step_count == 0 and not tailor.checked
+
+
+def broadcast(rank):
+    """Weights of which only the first process has the trained ones until they are broadcast, by whatever means."""
+    model, _ = without_norms()
+    if rank == 0:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:  # of rank one, as no start is
+                    flat = parameter.flatten(1)
+                    parameter.copy_((flat[:, :1] * flat[:1]).view_as(parameter))
+    tailor = Tailor(model, torch.randn(2, 3, 8, 8), budget={"macs": 0.5}, steps=400)
+    assert (tailor.controller.maturity > 0) == (rank == 0)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, 0)
+    wrapped, optimizer = DistributedDataParallel(tailor), sgd(model.parameters())
+    cross_entropy(wrapped(batch()[0]), batch()[1]).backward()
+    optimizer.step()
+    tailor.step()
+    assert tailor.controller.maturity > 0
+
+
 def job(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     unwrapped(rank)
+    refused(rank)
+    broadcast(rank)
     found = {kind: train(rank, kind) for kind in ("plain", "accumulated", "bucket_view", "static")}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = (
     *("cost", "memory", "explanation", "channels", "outputs", "given", "gates", "state", "verification", "carrying"),
     *("removal", "tracing", "maturity", "selection", "complaints", "controller", "preparing", "shrinking", "report"),
-    *("packing", "tailor", "files", "storage", "foreign", "nets"),
+    *("packing", "group", "tailor", "files", "storage", "foreign", "nets"),
 )
 AROUND = ("hardware", "latency", "deploy", "datasets", "training", "study")
 
