@@ -1,8 +1,8 @@
 """Gates: one number in [0, 1] per unit, multiplied into parameters rather than activations, so that they cost nothing.
 
 A gate scales the affine parameters of every batch norm that carries its unit, and weight and bias of every
-convolution or linear layer whose raw output goes anywhere but into a batch norm. A closed gate makes its channels
-exactly zero wherever they are used, so removing them changes nothing.
+convolution or linear layer whose output has to be zero where a channel is closed and is so by no other gate. A closed
+gate makes its channels exactly zero wherever they are used, so removing them changes nothing.
 
 The multiplication happens where a module's parameter is read (``module.weight``) while the gated model runs, and again
 where activation checkpointing runs a part of it anew in mid-backward. At all other times the same attribute is the

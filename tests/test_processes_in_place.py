@@ -63,7 +63,8 @@ def refused(rank):
         optimizer.step()
         with pytest.raises(RuntimeError, match=message):
             tailor.step()
-        assert tailor.controller.step_count == 0 and not tailor.checked
+        assert tailor.controller.step_count == 0
+        assert not tailor.checked
 
 
 def broadcast(rank):

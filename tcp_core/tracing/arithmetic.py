@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .calls import Call
+from .calls import Call, handing_on
 from .codes import labels_in, varies
 from .identities import Identities
 
@@ -31,6 +32,7 @@ def is_pointwise(func: Any, name: str) -> bool:
     return twin is not None and torch.Tag.pointwise in twin.tags
 
 
+@handing_on
 def pointwise(ids: Identities, call: Call) -> None:
     """Tie the operands element by element; a constant that cannot shrink freezes the channels it meets."""
     tensors, out = call.tensors, call.out
@@ -63,23 +65,39 @@ def pointwise(ids: Identities, call: Call) -> None:
         label = torch.maximum(label, each)
     for each in views:
         ids.tie_positions(each, label, attribute)
-    unsafe = torch.zeros_like(pattern)
     parameters = {
         1 << bit: name
         for bit, tensor in enumerate(tensors)
         if codes[bit] is not None and (name := ids.parameter(tensor)) is not None
     }
-    for value in pattern.unique().tolist():
-        safe = keeps_zero(call, value)
-        if not safe and parameters and keeps_zero(call, value & ~sum(parameters)):
-            ids.added.update(parameters.values())  # such as a bias: with a gate of its own, it is zero where it must be
-            safe = True
-        unsafe = torch.where(pattern == value, int(not safe), unsafe)
+    gated = ~sum(parameters)  # such as a bias: with a gate of its own, it is zero where it must be
+
+    def safe(value: int) -> bool:
+        return keeps_zero(call, value) or (len(parameters) > 0 and keeps_zero(call, value & gated))
+
+    unsafe = torch.zeros_like(pattern)
+    values = pattern.unique().tolist()
+    for value in values:
+        if not safe(value):
+            unsafe = torch.where(pattern == value, 1, unsafe)
+        elif parameters and not keeps_zero(call, value):
+            ids.added.update(parameters.values())
+    _spare(ids, tensors, [value for value in values if safe(value)], safe)
     result = (label << 1 | unsafe).expand(out.shape)
     if out is tensors[0] and call.name.endswith("_"):
         ids.change(out, result, call.name)
     else:
         ids.set(out, result)
+
+
+def _spare(ids: Identities, tensors: list[Tensor], values: list[int], safe: Callable[[int], bool]) -> None:
+    """Spare operands that need gates for nothing: zero times anything is zero, and of what is zero nowhere no gate is
+    needed at all. ``values`` are the patterns with which the result is zero.
+    """
+    for bit, tensor in enumerate(tensors):
+        if ids.needs.get(tensor) and all(safe(value | 1 << bit) for value in values):
+            values = [value | 1 << bit for value in values]
+            ids.spare(tensor)
 
 
 def set_apart(ids: Identities, call: Call, codes: list[Tensor | None], shapes: list[tuple[int, ...]]) -> None:

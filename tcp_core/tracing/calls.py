@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,3 +50,11 @@ class Gate:
     bias: str | None
     labels: Tensor
     constant: bool = False
+
+
+def handing_on(rule: Callable) -> Callable:
+    """Mark a rule whose operators leave it to what reads their result whether it must be zero where channels are
+    closed, and so what they are given.
+    """
+    rule.hands_on = True
+    return rule

@@ -127,7 +127,9 @@ class Identities(TorchDispatchMode):
         """Run the model in ``mode`` ("train" or "eval"), and ``count`` macs and bytes."""
         self.counting, self.mode = count, mode
         self.codes = WeakTensorKeyDictionary()
-        self.raw_outputs = WeakTensorKeyDictionary()  # a layer's output: (weight, dimension, gate)
+        # by activation, what must be gated for it to be zero where a channel is closed: a layer's weight (with the
+        # dimension, and a bias), or by itself a bias
+        self.needs = WeakTensorKeyDictionary()
         self.transposed = WeakTensorKeyDictionary()  # two-dimensional views of a parameter: (name, whether transposed)
         self.moved = WeakTensorKeyDictionary()  # a parameter's entries, moved: its name
         self.storages: dict[int, list[weakref.ref]] = {}
@@ -237,7 +239,10 @@ class Identities(TorchDispatchMode):
             self._fix_written(call)
         self.reached.update(id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter))
         self.shapes.update(tuple(tensor.shape) for tensor in outputs)
-        if call.name not in ("detach", "alias"):
+        rule = self.rule_of(func, call.name)
+        # what is written to in place may be looked at through other tensors, which would not know of the new needs
+        hands_on = not self.within and hasattr(rule, "hands_on") and (len(tensors) == 1 or not func._schema.is_mutable)
+        if not hands_on:
             normalised = args[0] if "batch_norm" in call.name or call.name == "native_group_norm" else None
             normalised = self.arguments[0] if self.within else normalised
             for tensor in tensors:
@@ -248,10 +253,13 @@ class Identities(TorchDispatchMode):
         if picks(call._replace(args=given), self.fed, self.picked):
             self.picked.update(dict.fromkeys(outputs, True))
         counted = len(self.calls), self.constant_macs
+        self.spared: list[Tensor] = []
         if self.within:
             self.within(self, self.arguments, outputs)
         else:
-            self.rule_of(func, call.name)(self, call)
+            rule(self, call)
+        if hands_on:
+            self._hand_on(tensors, outputs)
         if counted != (len(self.calls), self.constant_macs) and any(tensor in self.picked for tensor in tensors):
             self.routed.setdefault(self.here)
         if self.counting:
@@ -401,10 +409,27 @@ class Identities(TorchDispatchMode):
         return matrix and any(each in self.fed and has_values(each) for each in call.tensors)
 
     def consume(self, tensor: Tensor) -> None:
-        """A layer's raw output is used by something other than a batch norm: the layer itself needs a gate."""
-        if (layer := self.raw_outputs.get(tensor)) is not None:
-            weight, dim, gate = layer
-            self.keep_gate(self.raw, (weight, dim), gate)
+        """An activation is used where a closed channel must be zero: what it needs for that is gated."""
+        for (name, dim, _), gate in self.needs.get(tensor, {}).items():
+            if gate is None:
+                self.added.add(name)
+            else:
+                self.keep_gate(self.raw, (name, dim), gate)
+
+    def need(self, tensor: Tensor, name: str, dim: int | None = None, gate: Gate | None = None) -> None:
+        """Say what an activation needs: a gate on the weight ``name``, or, without one, on the bias of that name."""
+        self.needs[tensor] = {(name, dim, gate and gate.bias): gate}
+
+    def spare(self, tensor: Tensor) -> None:
+        """Say that the result of the operator that runs is zero where it must be, whatever this operand is."""
+        self.spared.append(tensor)
+
+    def _hand_on(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
+        """Let the results need what the operands did, but for those that were spared."""
+        relied = [tensor for tensor in tensors if not any(tensor is each for each in self.spared)]
+        needs = {key: gate for tensor in relied for key, gate in self.needs.get(tensor, {}).items()}
+        for tensor in outputs:
+            self.needs[tensor] = needs
 
     def keep_gate(self, gates: dict, place: Any, gate: Gate) -> None:
         """Remember where a gate acts; further biases that a weight is used with have gates of their own."""

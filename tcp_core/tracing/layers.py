@@ -42,12 +42,7 @@ def convolution(ids: Identities, call: Call) -> None:
             ids, torch.cat([inputs.view(groups, -1), outputs.view(groups, -1)], 1), f"convolution of {groups} groups"
         )
         _count(ids, scale * x.shape[1] // groups, None, outputs)
-    _finish(ids, name, out_dim, outputs, bias, call.out, 1)
-    if transposed and groups > 1:
-        # A group's inputs have its unit, so a gate on their rows closes its outputs too; the bias is gated by itself.
-        ids.raw_outputs[call.out] = (name, 0, Gate(None, inputs))
-        if bias is not None and ids.names.get(bias) in ids.parameters:
-            ids.added.add(ids.names[bias])
+    _finish(ids, name, out_dim, outputs, bias, call.out, 1, follows=groups > 1)
 
 
 def linear(ids: Identities, call: Call) -> None:
@@ -237,8 +232,19 @@ def _outputs_beside(ids: Identities, name: str, size: int) -> Tensor:
 
 
 def _finish(
-    ids: Identities, name: str, out_dim: int, outputs: Tensor, bias: Tensor | None, out: Tensor, dim: int
+    ids: Identities,
+    name: str,
+    out_dim: int,
+    outputs: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    dim: int,
+    follows: bool = False,
 ) -> None:
+    """Give a layer's output its codes, and say what it needs. ``follows``: it is zero but for the bias where a channel
+    is closed, for its inputs are of the same unit; a second gate on the same path would only make the unit seem worth
+    more than it is.
+    """
     ids.layers.setdefault(name, out_dim)
     bias_name = None if bias is None else ids.names.get(bias)
     if bias_name is not None:
@@ -246,7 +252,10 @@ def _finish(
     elif bias is not None:
         ids.freeze(outputs, "bias that is computed")  # computed, so it can neither be gated nor cut
     ids.set(out, along(outputs, out, dim))
-    ids.raw_outputs[out] = (name, out_dim, Gate(bias_name, outputs))
+    if not follows:
+        ids.need(out, name, out_dim, Gate(bias_name, outputs))
+    elif bias_name in ids.parameters:
+        ids.need(out, bias_name)
 
 
 def _count(ids: Identities, scale: float, inputs: Tensor | None, outputs: Tensor) -> None:

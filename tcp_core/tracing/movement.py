@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .calls import Call
+from .calls import Call, handing_on
 from .codes import along, first, labels_in, marked, narrow, varies, view_groups
 from .identities import Identities, ModuleRule
 
 
+@handing_on
 def same(ids: Identities, call: Call) -> None:
     """Pass codes on; a parameter stays recognisable."""
     source = call.args[0]
-    if source in ids.raw_outputs and call.out is not source:
-        ids.raw_outputs[call.out] = ids.raw_outputs[source]  # what takes the view takes the layer's raw output
     if source not in ids.names:
         ids.set(call.out, ids.of(source))
     elif call.out is not source and source.ndim == 2:
@@ -49,6 +48,7 @@ def copy(ids: Identities, call: Call) -> None:
     ids.change(target, codes, call.name)
 
 
+@handing_on
 def move(ids: Identities, call: Call) -> None:
     """Move codes as the data moves."""
     tensor = call.args[0]
@@ -86,6 +86,7 @@ def pick(ids: Identities, call: Call) -> None:
     move(ids, call)
 
 
+@handing_on
 def view(ids: Identities, call: Call) -> None:
     """Reshape; splitting channels into (outer, inner) ties the outer parts, so that the view works after removal."""
     codes = ids.of(call.args[0])
