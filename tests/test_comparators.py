@@ -255,6 +255,48 @@ def test_taylor_leaves_no_trace():
     assert [name for name, p in network.named_parameters() if p.grad is not None] == ["conv1.weight"]
 
 
+class Counting(nn.Module):
+    """A network and a loss that put new tensors in the place of their buffers, as schedules do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, *args):
+        self.calls = self.calls + 1
+        return self.inner(*args)
+
+
+def test_taylor_measures_by_the_loss_of_training():
+    network, x, _ = built("small_resnet")
+    network, y = Counting(network), torch.randn(8, 10)
+    channels, loss = trace(network, x), Counting(nn.MSELoss())
+    limits = Controller(channels, {"macs": 0.5}, steps=1000)
+    found = pruner("taylor", {"macs": 0.5}, train=[(x, y)], loss=loss, at=0.5)(network, channels, STEPS).score
+    score = found(network, limits)
+    assert network.calls == loss.calls == 0
+    gated = Gated(network, channels)
+    gated.train()
+    F.mse_loss(gated(x), y).backward()
+    expected = gated.gate.grad.double().square()
+    found = limits.importance / limits.importance.sum()
+    torch.testing.assert_close(found, expected / expected.sum(), rtol=1e-4, atol=1e-6)
+    assert score.isfinite().all()
+
+
+def test_fit_and_taylor_with_two_losses_are_refused():
+    network, x, y = built("small_resnet")
+    for mine, its in ((nn.CrossEntropyLoss(), None), (None, nn.CrossEntropyLoss())):
+        prune = pruner("taylor", {"macs": 0.5}, train=[(x, y)], loss=its)
+        with pytest.raises(ValueError, match=r"fit trains by .* and prune ranks units by .*: give both the same loss="):
+            fit(network, [(x, y)], epochs=1, loss=mine, prune=prune)
+    loss = nn.CrossEntropyLoss()
+    fit(network, [(x, y)], epochs=1, loss=loss, prune=pruner("taylor", {"macs": 0.5}, train=[(x, y)], loss=loss))
+    with pytest.raises(ValueError, match="loss= is given to random, which measures none"):
+        pruner("random", {"macs": 0.5}, loss=loss)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_slimming_shrinks_scales_and_ranks_by_them(momentum):
     network, x, _ = built("depthwise")

@@ -659,3 +659,42 @@ def test_a_stream_has_its_own_size_and_its_classes_are_no_parts(tmp_path):
     ):
         streams.Stream(tmp_path, size=8)
     assert streams.Stream(tmp_path / "val", size=8).classes == ("a", "b")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A loss with parameters
+
+
+class Scaled(nn.Module):
+    """Cross-entropy at a temperature that is learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs, targets):
+        return F.cross_entropy(outputs * self.scale, targets)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_parameters_of_a_loss_that_nothing_trains_are_told_of(images, wrapped):
+    scaled = Scaled()
+    loss = (lambda outputs, targets: scaled(outputs, targets)) if wrapped else scaled
+    with pytest.warns(UserWarning, match=r"scale requires a gradient, and fit trains the network's parameters only"):
+        run(images, loss=loss)
+    assert scaled.scale == 1
+
+
+def test_parameters_of_a_loss_may_be_frozen_the_networks_or_the_optimisers(images, tmp_path):
+    run(images, loss=Scaled().requires_grad_(False))
+    model = network()
+    run(images, model, loss=lambda outputs, targets: F.cross_entropy(outputs, targets) + 0 * model.linear.weight.sum())
+    scaled = Scaled()
+
+    def optimizer(groups):
+        return torch.optim.SGD([*groups, {"params": [scaled.scale]}], lr=0.1)
+
+    run(images, loss=scaled, optimizer=optimizer)
+    assert scaled.scale != 1
+    with pytest.raises(ValueError, match="the optimizer holds 1 parameters that are not the network's"):
+        run(images, loss=scaled, optimizer=optimizer, checkpoints=tmp_path)

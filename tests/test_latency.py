@@ -280,6 +280,26 @@ def normless(convolution=nn.Conv2d):
     return nn.Sequential(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4))
 
 
+class Replacing(nn.Linear):
+    """A layer whose pass puts a new tensor in the place of a buffer."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
+def test_looking_at_a_networks_layers_leaves_it_as_it_was():
+    model = nn.Sequential(Replacing(), nn.BatchNorm1d(4))
+    model[1].eval()
+    tables.layer_calls(model, (torch.randn(2, 4),), {})
+    assert model[0].calls == 0
+    assert [module.training for module in model] == [True, False]
+
+
 @pytest.mark.medium
 def test_layers_with_gates_of_their_own_are_in_the_table():
     model, x = normless(), torch.randn(2, 3, 8, 8)

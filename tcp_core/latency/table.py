@@ -20,6 +20,7 @@ from torch import nn
 from ..files import beside
 from ..gates import plain_class
 from ..removal import own_parameter
+from ..state import left_as_found
 from .clock import LatencyError
 
 STEPS = (32, 16, 8, 4)
@@ -103,14 +104,11 @@ def layer_calls(model: nn.Module, args: tuple, kwargs: dict) -> list[LayerCall]:
             found.append(LayerCall(names[id(weight)], module, rows + shape))
 
     hook = nn.modules.module.register_module_forward_pre_hook(note)
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), left_as_found(model):
             model.eval()(*args, **kwargs)
     finally:
         hook.remove()
-        for module, training in modes.items():
-            module.training = training
     return found
 
 

@@ -69,6 +69,7 @@ def pruner(
     batch_size: int = 128,
     augment: str = "crop_flip",
     precision: str = "fp32",
+    loss: Callable[[Any, Any], Tensor] | None = None,
     seed: int = 0,
     strength: float | None = None,
     min_width: int | float = 1,
@@ -86,6 +87,7 @@ def pruner(
         at: the share of the run after which the network is made smaller; 0: before the first step.
         batches: how many batches "taylor" averages over.
         batch_size, augment, precision: of these batches, as in :func:`tcp_core.fit`.
+        loss: of which "taylor" takes gradients, the same as in :func:`tcp_core.fit`; cross-entropy if None.
         seed: of "random", of "small" and of the order of these batches.
         strength: of the sparsity training of "slimming" (1e-4 by default) and "fixed_strength" (0.1).
         min_width: the fewest units that stay in each family; "torch_pruning" keeps one.
@@ -107,6 +109,8 @@ def pruner(
         raise ValueError(f"small starts with fresh weights, nothing is to be trained before; give at=0, not {at}.")
     if widths is not None and method != "small":
         raise ValueError(f"widths are given to {method}, which finds its own; only small takes them.")
+    if loss is not None and method != "taylor":
+        raise ValueError(f"loss= is given to {method}, which measures none; only taylor takes it.")
     if method in ("fixed_strength", "torch_pruning") and not (latency is None and multiple == 1):
         raise ValueError(f"{method} knows neither multiples nor latency; leave multiple and latency out.")
     if method == "torch_pruning" and importlib.util.find_spec("torch_pruning") is None:
@@ -120,7 +124,7 @@ def pruner(
         "uniform_l1": uniform_l1,
         "global_l1": global_l1,
         "slimming": slimming,
-        "taylor": partial(taylor, batches=measured_on, precision=precision),
+        "taylor": partial(taylor, batches=measured_on, precision=precision, loss=loss),
         "random": partial(random, seed=seed),
         "small": uniform_l1 if widths is None else partial(as_wide_as, widths=widths),
         "torch_pruning": torch_pruning,
@@ -135,6 +139,8 @@ def pruner(
             options["shrink"] = partial(shrink_scales, strength=1e-4 if strength is None else strength)
         return OneShot(model, channels, budget, scores[method], fresh=seed if method == "small" else None, **options)
 
+    if method == "taylor":
+        prune.loss = loss  # fit compares it with its own
     return prune
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from ..channels import Channels
 from ..controller import Controller, normalised_square
 from ..cost import BudgetError
 from ..gates import Gated
-from ..state import keeping_modes
+from ..state import left_as_found
 from ..training.batches import channels_last
 from ..training.evaluation import PRECISIONS, autocast
+from ..training.objective import Objective, in_full_precision
 from ..training.processes import summed
 from ..verification import to_model
 
@@ -94,27 +96,33 @@ def slimming(model: nn.Module, limits: Controller) -> Tensor:
 
 
 def taylor(
-    model: nn.Module, limits: Controller, *, batches: Callable[[torch.device], Iterable], precision: str = "fp32"
+    model: nn.Module,
+    limits: Controller,
+    *,
+    batches: Callable[[torch.device], Iterable],
+    precision: str = "fp32",
+    loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> Tensor:
     """Return importance per marginal cost of the dense network: the controller's score, measured once.
 
-    Importance is the mean over ``batches(device)`` of the squared gradient of the loss with respect to each gate
-    (Molchanov et al., 2019), in train mode; gradients, running statistics and random numbers stay as they were.
+    Importance is the mean over ``batches(device)`` of the squared gradient of the ``loss`` (cross-entropy if None) with
+    respect to each gate (Molchanov et al., 2019), in train mode; the model, the loss and random numbers stay as they
+    were.
     """
     gated = Gated(model, limits.channels)
     device = gated.gate.device
     importance = torch.zeros_like(gated.gate, dtype=torch.float64)
-    statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with keeping_modes(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    objective, judge = Objective(loss), nn.Module()
+    judge.held = loss  # and with it the modules and objects that a function holds
+    with left_as_found(model, judge):
         model.train()
         for x, y in batches(device):
             with autocast(device, PRECISIONS[precision]):
-                logits = gated(channels_last(x))
-            (gradient,) = torch.autograd.grad(F.cross_entropy(logits.float(), y), gated.gate)
+                outputs = gated(channels_last(x))
+            value = objective.trained_on(in_full_precision(outputs), y, None, "the batches of taylor")
+            (gradient,) = torch.autograd.grad(value, gated.gate)
             importance += normalised_square(gradient)
     importance = summed(importance)  # of several processes, each has seen its own part of the batches
-    for buffer, value in statistics:
-        buffer.copy_(value)
     if not importance.any():
         raise ValueError("taylor found no gradient of the gates to rank by; give training images as train=...")
     limits.importance = importance

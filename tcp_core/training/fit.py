@@ -28,7 +28,16 @@ from .batches import by_epoch, channels_last, check_own, mixer
 from .checkpoints import names, newest
 from .evaluation import PRECISIONS, autocast, check_precision, device_of
 from .frames import printed, say
-from .objective import Objective, check_functions, check_labels, check_teacher, in_full_precision, taught, teacher_of
+from .objective import (
+    Objective,
+    check_functions,
+    check_labels,
+    check_parameters,
+    check_teacher,
+    in_full_precision,
+    taught,
+    teacher_of,
+)
 from .processes import agree, plain_batch_norms, rank_and_world, synchronised, together
 from .recipe import Optimise, Schedule, described, optimise, scheduled
 from .run import FitResult, Run, check_resumable, differing
@@ -156,7 +165,7 @@ def fit(
     check_numbers(given | {"teacher_weight": teacher_weight, "temperature": temperature})
     epochs, accumulate, checkpoint_every = int(epochs), int(accumulate), int(checkpoint_every)  # NumPy's, too
     batch_size, seed = (None if number is None else int(number) for number in (batch_size, seed))
-    _check_pruning(budget, prune, tailoring)
+    _check_pruning(budget, prune, loss, tailoring)
     for name, function in (("on_epoch", on_epoch), ("on_step", on_step)):
         if function is not None and not callable(function):
             raise TypeError(f"{name}={function!r}; it must be a function, see fit's documentation, or None.")
@@ -213,6 +222,7 @@ def fit(
     trained = model if pruned is None else pruned.model
     classes = synchronised(trained, device) if sync_batch_norm else {}
     optimizer = optimised(trained)
+    check_parameters(loss, trained, optimizer, kept=checkpoints is None and rank_and_world()[1] == 1)
     run = Run(
         *(model, pruned, channels, optimizer, following(optimizer, steps), recipe),
         **{"device": device, "length": length, "steps": steps, "objective": objective, "mix": mix},
@@ -367,12 +377,15 @@ def _as_of(saved: Mapping | None, recipe: Mapping, budget: Budget | None, tailor
     return tailoring | {"latency": latency.as_of(saved["pruned"])}
 
 
-def _check_pruning(budget: Any, prune: Any, tailoring: Mapping[str, Any]) -> None:
+def _check_pruning(budget: Any, prune: Any, loss: Any, tailoring: Mapping[str, Any]) -> None:
     """Refuse what does not go together, or is no function."""
     if prune is not None and not callable(prune):
         raise TypeError(f"prune={prune!r}; it must be a function of (model, channels, steps), or None.")
     if budget is not None and prune is not None:
         raise TypeError("give budget or prune, not both: prune brings its own budget.")
+    if getattr(prune, "loss", loss) is not loss:
+        own, its = ("cross-entropy" if each is None else repr(each) for each in (loss, prune.loss))
+        raise ValueError(f"fit trains by {own} and prune ranks units by {its}: give both the same loss=.")
     if isinstance(budget, list | tuple):
         raise TypeError("budget is one Budget or dict; tcp.ladder(..., budgets=[...]) goes down a list of them.")
     if budget is None and tailoring:

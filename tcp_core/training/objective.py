@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+
+from .randomness import reached
 
 IGNORED = -100  # the label that torch's cross-entropy passes over
 
@@ -103,6 +106,33 @@ def check_functions(**functions: Any) -> None:
         if isinstance(function, type):
             said, how = function.__name__, f"such as {name}={function.__name__}()"
         raise TypeError(f"{name}={said}; it must be a function of (outputs, targets), {how}, or None.")
+
+
+def check_parameters(loss: Any, network: nn.Module, optimizer: torch.optim.Optimizer, kept: bool) -> None:
+    """Warn of parameters in a loss that nothing trains; raise ValueError for some that the optimiser trains and that
+    are not ``kept``: checkpoints have, and processes average, those of the network alone.
+    """
+    own = {id(parameter) for parameter in network.parameters()}
+    trained = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    if not kept and trained - own:
+        raise ValueError(
+            f"the optimizer holds {len(trained - own)} parameters that are not the network's. They would be in no "
+            f"checkpoint, and no average over processes: make their module a part of the network, or leave checkpoints "
+            f"out and train in one process."
+        )
+    left = [
+        f"{place}.{name}"
+        for place, module in reached(nn.Module, loss=loss).items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and id(parameter) not in own | trained
+    ]
+    if left:
+        warnings.warn(
+            f"{left[0]}{f' and {len(left) - 1} more' * (len(left) > 1)} requires a gradient, and fit trains the "
+            f"network's parameters only. To train it, make its module a part of the network; else set "
+            f"requires_grad_(False) on it.",
+            stacklevel=3,
+        )
 
 
 def check_labels(outputs: Any, targets: Any, where: str) -> None:
