@@ -23,12 +23,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import complaints
 from .channels import Channels
 from .cost import Budget, BudgetError, Costs, Measured, is_number, is_whole
-from .maturity import phase_of
+from .maturity import maturity, phase_of, worth
 from .selection import fill, liked, required_units, settle, tighten
 
 KEEP_STEPS = 100
@@ -164,6 +164,14 @@ class Controller:
         # the smallest network there is; of latency, the one that was measured
         multiple = self.multiples[-1] if self.latency is None else self.multiple
         self.floor = self.cost_model.exact(required_units(self.channels, self.min_width, multiple))
+
+    def look_at(self, model: nn.Module) -> None:
+        """Begin with a network that is trained as far as its weights tell, as :func:`tcp_core.maturity.maturity` says.
+
+        Raises:
+            ValueError: if steps are too few for where the phase lies then.
+        """
+        self.begin_with(maturity(model, worth(self.channels, self.price())))
 
     def begin_with(self, maturity: float) -> None:
         """Begin with a network that is trained so far, where that is known only after construction.
@@ -383,11 +391,14 @@ class Controller:
         The price is that of the dense network throughout. At the cost of the moment it would fall as a unit's layers
         narrow, and what is narrow would be narrowed on and on.
         """
-        price = sum(self.weights[name] * self.marginal[name] / bound for name, bound in self.bounds.items())
         importance = self.importance
         if self.step_count > self.start:
             importance = importance + self.trust * (self.dense_importance - importance)
-        return importance.cpu().double() / price.clamp(min=1e-12)
+        return importance.cpu().double() / self.price().clamp(min=1e-12)
+
+    def price(self) -> Tensor:
+        """Return what each unit costs in the dense network, as a weighted share of budgets, float64 ``[units]``."""
+        return sum(self.weights[name] * self.marginal[name] / bound for name, bound in self.bounds.items())
 
     def _weigh(self, cost: Mapping[str, int], targets: Mapping[str, float]) -> None:
         """Make a cost with room left cheaper, so that several budgets are used up together where that is possible."""

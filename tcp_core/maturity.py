@@ -2,13 +2,18 @@
 
 Whatever a network is started with, the entries of a weight matrix are independent then; training ties them together. So
 no data, no gradient and no scale is needed, and it does not matter whether there are batch norms, whether layers are
-frozen or a new head was put on, nor how losses are scaled, clipped or accumulated.
+frozen or a new head was put on, nor how losses are scaled, clipped or accumulated. The controller asks it of the layers
+whose channels may be removed, each as much as these cost.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+
+from .channels import Channels
 
 SIDE = (256, 1024)
 """Rows and columns of a weight matrix that are looked at, evenly spread, at most."""
@@ -25,18 +30,35 @@ PHASE_ENOUGH, PHASE_LEAST = 190, 0.04
 left of the run trains the small network."""
 
 
-def maturity(model: nn.Module) -> float:
+def maturity(model: nn.Module, worth: Mapping[str, float] | None = None) -> float:
     """Return 0 for a network as it was initialised, 1 for a trained one, and what lies between for one on its way.
 
-    It is the mean :func:`excess` of the weights, each as much as it has entries and 1 at most, over ``TRAINED``; in
-    tenths, so that processes which start with other random numbers agree.
+    It is the mean :func:`excess` of the weights, each 1 at most, over ``TRAINED``; in tenths, so that processes which
+    start with other random numbers agree. By ``worth`` a weight counts as much as is said of its name (float), and not
+    at all if nothing is: what cannot be removed, such as a new head or a table of words, then says nothing of what can.
+    Without it, a weight counts as much as it has entries.
     """
-    sizes, found = [], []
-    for parameter in model.parameters():
-        if parameter.ndim >= 2 and parameter.is_floating_point() and (value := excess(parameter)) is not None:
-            sizes.append(parameter.numel())
-            found.append(min(value, 1.0) * parameter.numel())
-    return round(min(1.0, sum(found) / sum(sizes) / TRAINED), 1) if sizes else 0.0
+    total = found = 0.0
+    for name, parameter in model.named_parameters():
+        share = parameter.numel() if worth is None else worth.get(name, 0.0)
+        if parameter.ndim < 2 or not parameter.is_floating_point() or not share:
+            continue
+        if (value := excess(parameter)) is not None:
+            total, found = total + share, found + min(value, 1.0) * share
+    return round(min(1.0, found / total / TRAINED), 1) if total else 0.0
+
+
+def worth(channels: Channels, price: Tensor) -> dict[str, float]:
+    """Return, by the name of a layer's weight, the price of what may be removed of its outputs, of prices by unit
+    (``[units]``); units that several layers make are divided between them.
+    """
+    makers, made = torch.zeros(channels.units), {}
+    for layer in channels.layers:
+        units = layer.out_units.unique()
+        made[layer.weight] = units[units >= 0]
+        makers[made[layer.weight]] += 1
+    share = price * channels.prunable / makers.clamp(min=1)
+    return {weight: float(share[units].sum()) for weight, units in made.items()}
 
 
 def has_zeros(model: nn.Module) -> bool:

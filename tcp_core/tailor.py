@@ -16,7 +16,6 @@ from .cost import Budget
 from .gates import Gated, check_ungated, device_of, ungate
 from .group import average, check_alike, check_same_set, group_of
 from .maturity import has_zeros, versions
-from .maturity import maturity as maturity_of
 from .packing import packed, unpacked
 from .preparing import check_options, check_trace, check_trainable, warn_of_room, warn_of_unknown, width_options
 from .removal import check_same_model
@@ -95,9 +94,11 @@ class Tailor(Gated):
             check_trace(channels, example_input, ignore, also, unused)
         check_same_model(model, channels)
         options |= width_options(model, channels, budget, multiple, latency)
-        options |= {"maturity": maturity_of(model) if maturity is None else maturity}
+        options |= {} if maturity is None else {"maturity": maturity}
         # what is refused is refused before the model's modules are bound to gates
         controller = Controller(channels, budget, steps=steps, min_width=min_width, device=device_of(model), **options)
+        if maturity is None:
+            controller.look_at(model)
         super().__init__(model, channels)
         self.channels, self.budget, self.controller = channels, budget, controller
         warn_of_room(self.controller.bounds, self.controller.dense)
@@ -134,7 +135,7 @@ class Tailor(Gated):
         self.looked = True
         if self.controller.step_count == 0 and (first or now != self.weights_of_start):
             self.weights_of_start = now
-            self.controller.begin_with(maturity_of(self.model))
+            self.controller.look_at(self.model)
             self.controller.zeros = has_zeros(self.model)
 
     @property

@@ -147,6 +147,41 @@ def test_maturity_rises_while_a_network_is_trained(make, optimizer, images):
 
 
 @pytest.mark.medium
+def test_a_large_new_head_says_nothing_of_what_macs_are_spent_on(mature, images):
+    model, x = mature(), images[0][:2]
+    head = nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 10)
+    model = nn.Sequential(*list(model)[:-1], *head)
+    assert maturity(model) <= 0.3  # by entries
+    for budget, least, most in (({"macs": 0.5}, 0.7, 1.0), ({"params": 0.5}, 0.0, 0.3)):
+        found = tcp.Tailor(model, x, budget=budget, steps=1000).controller.maturity
+        assert least <= found <= most
+
+
+class Words(nn.Module):
+    """A fresh network on word vectors that were trained elsewhere and stay as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(500, 32)
+        with torch.no_grad():
+            self.words.weight.copy_(torch.randn(500, 4) @ torch.randn(4, 32))
+        self.words.requires_grad_(False)
+        self.first, self.second, self.head = nn.Conv1d(32, 24, 3), nn.Conv1d(24, 24, 3), nn.Linear(24, 4)
+
+    def forward(self, x):
+        x = self.second(self.first(self.words(x).transpose(1, 2)).relu()).relu()
+        return self.head(x.mean(2))
+
+
+def test_word_vectors_do_not_make_a_fresh_network_a_trained_one():
+    torch.manual_seed(0)
+    model = Words()
+    assert maturity(model) == 1  # by entries
+    tailor = tcp.Tailor(model, torch.randint(500, (2, 12)), budget={"macs": 0.5}, steps=1000)
+    assert tailor.controller.maturity == 0
+
+
+@pytest.mark.medium
 def test_a_trained_network_gets_smaller_early_and_a_fresh_one_late(images, mature):
     model, x = mature(), images[0][:2]
     fresh = tcp.Tailor(plain(), x, budget={"macs": 0.5}, steps=1000)

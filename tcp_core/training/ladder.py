@@ -20,7 +20,6 @@ from ..datasets.images import Images
 from ..files import beside, expanded
 from ..gates import check_ungated
 from ..latency.place import Latency
-from ..maturity import maturity
 from ..preparing import width_options
 from ..storage import load, save
 from ..tracing import trace
@@ -212,11 +211,13 @@ def _planned(
     dense: dict[str, float] = {}
     bounds, place, calibrations = [], options.get("latency"), []
     for rung, (budget, passes) in enumerate(zip(budgets, epochs, strict=True)):
-        known = {"maturity": 1.0 if rung else maturity(model)}  # later rungs start with a trained network
+        known = {"maturity": 1.0} if rung else {}  # later rungs start with a trained network
         then = timed[rung] if timed and rung < len(timed) else None
         latency = place if then is None or place is None else place.knowing(then)
         widths = width_options(model, channels, budget, options.get("multiple", "auto"), latency)
         controller = Controller(channels, budget, steps=passes * length, **(known | given | widths))
+        if "maturity" not in known | given:
+            controller.look_at(model)
         dense |= controller.dense
         calibrations.append(None if controller.latency is None else controller.latency.calibration)
         above, here = bounds[-1] if bounds else {}, dict(controller.bounds)
