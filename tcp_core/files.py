@@ -31,13 +31,14 @@ def beside(path: Path) -> Iterator[Path]:
     """Yield an empty file beside ``path`` that nobody else writes to; at the end it takes the place of ``path``.
 
     If anything is raised it is gone, and ``path`` is as it was. Only where the process is killed does it stay, as
-    ``.NAME.<8 hexadecimal digits>.part``. The folder is made.
+    ``.NAME.<8 hexadecimal digits>.part``. The folder is made. A link stays one, and what it leads to is written.
 
     Raises:
         OSError: at once, if there is a folder at ``path``, or no file can be made there.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file in it.")
+    path = path.resolve() if path.is_symlink() else path
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .carrying import Cuts, Kept, cut_optimizer, take
 from .channels import Channels, stays
+from .gates import plain_class
 from .state import non_leaf_tensors
 from .verification import compare
 
@@ -173,11 +174,24 @@ def check_same_model(model: nn.Module, channels: Channels) -> None:
 def misfits(model: nn.Module, channels: Channels) -> list[str]:
     """Return the names of parameters and buffers that ``model`` and the traced one do not both have in one shape.
 
-    A buffer without units may have another shape: a forward pass can make it anew, for images of another size.
+    A buffer without units may have another shape: a forward pass can make it anew, for images of another size. One that
+    is None here may be filled by the first pass.
     """
     here, traced = tensor_shapes(model), channels.shapes
     remade = {name for name, _ in model.named_buffers(remove_duplicate=False)} & traced.keys() - channels.slots.keys()
+    remade |= unfilled(model) & traced.keys()
     return sorted(name for name in (here.keys() | traced.keys()) - remade if here.get(name) != traced.get(name))
+
+
+def unfilled(model: nn.Module) -> set[str]:
+    """Return the names of buffers that are None and that a forward pass may fill; torch's own modules fill none."""
+    return {
+        f"{prefix}.{key}" if prefix else key
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if not plain_class(module).__module__.startswith("torch.")
+        for key, buffer in module._buffers.items()
+        if buffer is None
+    }
 
 
 def groups_of(model: nn.Module) -> dict[str, int]:

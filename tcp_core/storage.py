@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn, uint8
 
 from .files import beside, expanded
-from .gates import unwrapped
+from .gates import device_of, unwrapped
 from .given import check_module
-from .removal import dense_shapes, own_parameter, own_tensors, resized
+from .removal import dense_shapes, own_parameter, own_tensors, resized, unfilled
 
 KEY = "tailored_channel_pruning"
 VERSION = 2
@@ -111,14 +111,14 @@ def load(dense_model: nn.Module, path: str | Path) -> nn.Module:
             spec = _spec(path, file.metadata() or {})
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             _check(path, spec, shapes, dense_model, dense)
-            tensors = {name: file.get_tensor(name).clone() for name in dense}  # of its own, not of the mapped file
+            tensors = {name: file.get_tensor(name).clone() for name in shapes}  # of its own, not of the mapped file
     except (SafetensorError, OSError) as error:
         raise FileError(
             f"{path} is not a whole safetensors file ({error}). It is truncated or another format, such as a pickle "
             f"from torch.save, which is never read here; save the network again with tcp_core.save."
         ) from error
     for name, tensor in tensors.items():
-        if _kind(tensor) != _kind(dense[name]):
+        if name in dense and _kind(tensor) != _kind(dense[name]):
             raise FileError(f"{path} has {tensor.dtype} as {name!r}, which is {dense[name].dtype} in the network.")
     if spec["sha256"] != _digest({key: value for key, value in spec.items() if key != "sha256"}, tensors):
         raise FileError(
@@ -126,6 +126,9 @@ def load(dense_model: nn.Module, path: str | Path) -> nn.Module:
             f"save the network again."
         )
     small, _ = resized(dense_model, lambda name, tensor: tensors[name].to(tensor.device, tensor.dtype))
+    for name in tensors.keys() - dense.keys():  # a pass had filled them in the network that was saved
+        module, _, key = name.rpartition(".")
+        small.get_submodule(module)._buffers[key] = tensors[name].to(device_of(dense_model))
     for name, attributes in spec["attributes"].items():
         if "padding" in attributes:
             small.get_submodule(name).padding = tuple(attributes["padding"])
@@ -244,7 +247,7 @@ def _check(
         or shapes.keys() != spec["dense_shapes"].keys()
     ):
         raise FileError(f"{path} contradicts itself: its widths are not those of its weights; save the network again.")
-    if differing := sorted(shapes.keys() ^ dense.keys()):
+    if differing := sorted((shapes.keys() ^ dense.keys()) - (unfilled(model) & shapes.keys())):
         raise FileError(f"{where}: only one of them has {differing[0]!r}. {build}")
     saved = {name: tuple(spec["dense_shapes"][name]) for name in dense}
     differing = [name for name, tensor in dense.items() if saved[name] != tuple(tensor.shape)]

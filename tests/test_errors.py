@@ -622,3 +622,22 @@ def test_a_run_too_short_to_tailor_in(model, batches):
 def test_an_unknown_augmentation(model):
     with pytest.raises(ValueError, match=r"augment='mixup'; it must be one of none, crop, crop_flip"):
         fit(model, sources.digits().val, budget=None, epochs=1, augment="mixup")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "before", "message"),
+    [
+        ("device", "meta", None, r"set_default_device\('meta'\) is in force.*call torch.set_default_device\(None\)"),
+        ("dtype", torch.bfloat16, torch.float32, r"set_default_dtype\(torch.bfloat16\) is in force"),
+    ],
+)
+def test_defaults_that_cannot_be_computed_with_are_named(name, value, before, message):
+    model, x = nets.small_resnet(), torch.randn(2, 1, 8, 8)
+    put = getattr(torch, f"set_default_{name}")
+    put(value)
+    try:
+        with pytest.raises(ValueError, match=message):
+            trace(model, x)
+    finally:
+        put(before)
+    trace(model, x)

@@ -95,6 +95,21 @@ def test_a_saved_network_may_be_read_by_whom_other_files_may(tmp_path):
     assert path.stat().st_mode == plain.stat().st_mode
 
 
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "store").mkdir()
+    link, target = tmp_path / "small.safetensors", tmp_path / "store" / "small.safetensors"
+    try:
+        link.symlink_to(target)
+    except OSError:
+        pytest.skip("this system makes no links")
+    for _ in range(2):  # it leads nowhere at first
+        save(nn.Linear(2, 2), link)
+        assert link.is_symlink()
+        assert target.is_file()
+        assert not target.is_symlink()
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
 def test_every_process_may_save_the_same_network(tmp_path):
     path, model, errors = tmp_path / "small.safetensors", nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 2)), []
 

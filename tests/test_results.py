@@ -164,6 +164,12 @@ def test_a_run_that_contradicts_itself_is_named(tmp_path, history, metrics, para
     assert str(tmp_path / "run") in str(caught.value)
 
 
+def test_a_run_exactly_at_its_bound_is_read(tmp_path, history, metrics):
+    changed = {"budget": {"macs": 0.29}, "dense_macs": 100, "macs": 29}  # 0.29 * 100 is below 29 in floating point
+    results.finish_run(results.start_run(tmp_path, PARAMS), history=history, metrics=metrics | changed)
+    assert list(results.read_runs(tmp_path)["macs"]) == [29]
+
+
 def test_params_of_another_program_are_named(tmp_path, history, metrics):
     results.finish_run(results.start_run(tmp_path, {}), history=history, metrics=metrics)
     with pytest.raises(ValueError, match=r"params.json lacks network, method, epochs"):

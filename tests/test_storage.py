@@ -519,3 +519,52 @@ def test_what_is_wrapped_is_saved_as_what_it_wraps(tmp_path):
     with pytest.raises(ValueError, match=r"this is a Tailor.*save what its finish\(\) returns"):
         save(Tailor(model, x, budget={"macs": 0.5}, steps=100), tmp_path / "b.safetensors")
     assert not (tmp_path / "b.safetensors").exists()
+
+
+class Filling(nn.Module):
+    """A network with buffers that its first forward pass makes: a map of places, and a number for each channel."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+        self.head = nn.Linear(12, 4)
+        self.register_buffer("places", None, persistent=persistent)
+        self.register_buffer("seen", None, persistent=persistent)
+
+    def forward(self, x):
+        if self.places is None or self.places.shape != x.shape[-2:]:
+            self.places = torch.linspace(0.5, 1, x.shape[-1]).expand(x.shape[-2:]).clone()
+        x = self.first(x).relu() * self.places
+        if self.seen is None:
+            self.seen = torch.linspace(1, 2, x.shape[1])
+        return self.head(self.second(x * self.seen[:, None, None]).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("ran", [True, False])
+def test_buffers_that_the_first_pass_fills(persistent, ran, tmp_path):
+    torch.manual_seed(0)
+    model, x = Filling(persistent), torch.randn(4, 3, 8, 8)
+    tailor = Tailor(model, x[:2], budget={"macs": 0.4}, steps=96, multiple=1)
+    assert model.places is model.seen is None  # as it was found
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(96):
+        optimizer.zero_grad()
+        tailor(x).square().mean().backward()
+        optimizer.step()
+        tailor.step()
+    small = tailor.finish().eval()
+    assert len(small.seen) == small.first.out_channels == 12  # of a size that the pass takes from its input
+    assert small.second.out_channels < 12
+    path = save(small, tmp_path / "small.safetensors")
+    dense = Filling(persistent)
+    if ran:
+        dense(x)
+    torch.testing.assert_close(load(dense, path).eval()(x), small(x), rtol=0, atol=0)
+    assert (dense.seen is not None) == ran
+
+
+def test_a_buffer_that_nothing_fills_is_another_network(tmp_path):
+    path = save(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), tmp_path / "small.safetensors")
+    with pytest.raises(FileError, match=r"only one of them has '1\.num_batches_tracked'"):
+        load(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)), path)

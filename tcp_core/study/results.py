@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..cost import Fraction
 from ..files import beside
 from ..hardware import device_name
 from ..training import checkpoints
@@ -245,7 +246,7 @@ def _contradictions(metrics, params):
         bound = budget.get(cost) or 0
         if metrics["method"] != "dense" and params.get(cost, bound) != bound:
             yield f"the budget of {cost} is {params[cost]!r} in params.json and {bound!r} in metrics.json"
-        if bound and metrics[cost] > bound * metrics[f"dense_{cost}"]:
+        if bound and metrics[cost] > Fraction(bound).of(metrics[f"dense_{cost}"]):
             share = metrics[cost] / metrics[f"dense_{cost}"]
             yield f"{cost} is {share:.2%} of the dense network's, which is above the budget of {bound:.2%}"
 

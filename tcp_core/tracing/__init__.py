@@ -132,11 +132,13 @@ def trace(
 
     Raises:
         ValueError: if the model is TorchScript or a part of it with parameters is, the model raises on an example, an
-            example is on another device, a pattern matches no module, the output has no values that could be
-            compared, or a layer that no call reaches takes what nothing in the network has.
+            example is on another device, torch has defaults that cannot be computed with, a pattern matches no module,
+            the output has no values that could be compared, or a layer that no call reaches takes what nothing in the
+            network has.
     """
     check_ungated(model, "trace")
     _check_written_in_python(model)
+    _check_defaults()
     example = _samples(model, example_input, 1)
     ignored = _matching_modules(model, ignore, "ignore")
     left_over = _matching_modules(model, unused, "unused")
@@ -362,6 +364,23 @@ def _check_written_in_python(model: nn.Module) -> None:
                 f"cut. Give the nn.Module that it was made of, with these weights "
                 f"(module.load_state_dict(scripted.state_dict())), and script what finish() returns."
             )
+
+
+def _check_defaults() -> None:
+    """Refuse what ``torch.set_default_device`` and ``set_default_dtype`` may have set: what is computed beside a model
+    is computed on the CPU, with numbers that hold counts.
+    """
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    if device.type != "cpu":
+        raise ValueError(
+            f"torch.set_default_device('{device}') is in force, and channels are counted on the CPU: call "
+            f"torch.set_default_device(None) and move model and batches with .to('{device}')."
+        )
+    if torch.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"torch.set_default_dtype({dtype}) is in force, in which channels cannot be counted: call "
+            f"torch.set_default_dtype(torch.float32) once the model is built."
+        )
 
 
 def _check_ran(ids: Identities, ignored: Patterns) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,19 +69,17 @@ def pointwise(ids: Identities, call: Call) -> None:
         for bit, tensor in enumerate(tensors)
         if codes[bit] is not None and (name := ids.parameter(tensor)) is not None
     }
-    gated = ~sum(parameters)  # such as a bias: with a gate of its own, it is zero where it must be
-
-    def safe(value: int) -> bool:
-        return keeps_zero(call, value) or (len(parameters) > 0 and keeps_zero(call, value & gated))
-
-    unsafe = torch.zeros_like(pattern)
+    unsafe, gated = torch.zeros_like(pattern), 0
     values = pattern.unique().tolist()
     for value in values:
-        if not safe(value):
+        if keeps_zero(call, value):
+            continue
+        if parameters and keeps_zero(call, value & ~sum(parameters)):
+            ids.added.update(parameters.values())  # such as a bias: with a gate of its own, it is zero where it must be
+            gated = sum(parameters)
+        else:
             unsafe = torch.where(pattern == value, 1, unsafe)
-        elif parameters and not keeps_zero(call, value):
-            ids.added.update(parameters.values())
-    _spare(ids, tensors, [value for value in values if safe(value)], safe)
+    _spare(ids, call, [value & ~gated for value in pattern[unsafe == 0].unique().tolist()])
     result = (label << 1 | unsafe).expand(out.shape)
     if out is tensors[0] and call.name.endswith("_"):
         ids.change(out, result, call.name)
@@ -90,13 +87,14 @@ def pointwise(ids: Identities, call: Call) -> None:
         ids.set(out, result)
 
 
-def _spare(ids: Identities, tensors: list[Tensor], values: list[int], safe: Callable[[int], bool]) -> None:
+def _spare(ids: Identities, call: Call, values: list[int]) -> None:
     """Spare operands that need gates for nothing: zero times anything is zero, and of what is zero nowhere no gate is
     needed at all. ``values`` are the patterns with which the result is zero.
     """
-    for bit, tensor in enumerate(tensors):
-        if ids.needs.get(tensor) and all(safe(value | 1 << bit) for value in values):
-            values = [value | 1 << bit for value in values]
+    for bit, tensor in enumerate(call.tensors):
+        more = [value | 1 << bit for value in values]
+        if ids.needs.get(tensor) and all(keeps_zero(call, value) for value in more):
+            values = more
             ids.spare(tensor)
 
 
