@@ -105,6 +105,10 @@ def test_methods_are_compared_within_the_starts_that_both_have(monkeypatch):
     assert pairs.loc["uniform_l1", ["accuracy", "n", "difference"]].to_list() == pytest.approx([81, 2, 0.5])
     assert pairs.loc["uniform_l1", "se"] == pytest.approx((2 / 2 + 0.5 / 2) ** 0.5)
     assert pairs.loc["dense", "difference"] == pytest.approx(81 - 90)
+    beside_dense = tables.accuracy(study).set_index("method")["delta_dense"]
+    assert beside_dense["tailored"] == pytest.approx(81 - 90)  # not 84 - 90, with runs from the other start
+    assert beside_dense["taylor"] == pytest.approx(80 - 90)
+    assert beside_dense["dense"] == 0
 
     unread = [
         each | ({"test_accuracy": None} if each["method"] == "taylor" and each["seed"] == 2 else {}) for each in rows

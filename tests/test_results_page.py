@@ -200,8 +200,10 @@ def test_the_caveat_on_a_start_that_was_trained_again_names_the_runs_from_it(stu
     again = study[study["run"].str.startswith("cifar10-long/pretrained-again/")]
     others = study[study["run"].str.startswith("cifar10-long/pretrained/")]
     assert "start from another network than the runs beside them" in " ".join(page(study).split())
-    assert set(again["method"]) <= {"tailored", "taylor", "torch_pruning"}
-    for method in ("tailored", "taylor"):
-        assert set(again[again["method"] == method]["seed"]) <= {2}
+    assert set(again["method"]) == {"tailored", "taylor", "uniform_l1", "dense", "torch_pruning"}
+    for method in ("tailored", "taylor", "uniform_l1"):
+        assert sorted(again[again["method"] == method]["seed"]) == [2] * 4  # at every budget
         assert set(others[others["method"] == method]["seed"]) == {0, 1}
+    assert set(again[again["method"] == "dense"]["seed"]) == {2}
+    assert set(others[others["method"] == "dense"]["seed"]) == {0, 1, 2}
     assert set(again[again["method"] == "torch_pruning"]["budget"]) <= {"30 % macs"}

@@ -74,8 +74,11 @@ def pareto_figure(table: pd.DataFrame) -> Figure:
             ours = method == "tailored"
             x, y = rows["macs"], rows["accuracy"]
             look = {"lw": 2.6, "ms": 8, "zorder": 5} if ours else {"lw": 1.1, "ms": 5.5, "zorder": 3, "alpha": 0.85}
+            alike = [name for (other, name), _ in lines if other == method]
+            several = len(alike) > 1  # then options tell them apart
+            if several and options != alike[0]:
+                look |= {"mfc": "white", "linestyle": "--"}
             axes.errorbar(x, y, rows["sd"].fillna(0), color=color, marker=marker, elinewidth=1.2, capsize=2.5, **look)
-            several = sum(other == method for (other, _), _ in lines) > 1  # then options tell them apart
             text = f"{_method(method, options if several else '')} {number(y.iloc[-1], 1)}"
             to_the_end = float(rows["budget"].iloc[-1].split()[0]) == left[-1]
             (labels if to_the_end else inside).append(
@@ -346,6 +349,7 @@ def published_figure(beside: pd.DataFrame, published: pd.DataFrame) -> Figure:
         change = published["pruned_top1"] - published["baseline_top1"]
         grey = {"ms": 5, "color": "#B0B0B0", "mew": 0, "label": "published, each on its own data and recipe"}
         axes.plot(published["flops_reduction_pct"], change, "o", **grey)
+        ours = ours[ours["change"].astype(float).notna()]  # a setting without a dense run has no change
         for marker, (which, rows) in zip("os^Dv", ours.groupby(["method", "data", "epochs"], sort=False), strict=False):
             label = "{}, {}, {} epochs".format(*which)
             look = {"color": OURS, "marker": marker, "ms": 7.5, "zorder": 4, "label": label}
@@ -377,5 +381,7 @@ def _titled(fig, title, below):
     heading = fig.suptitle(f"{title}\n", x=0.012, ha="left", fontsize=11.5, fontweight="bold")
     fig.draw_without_rendering()  # the layout must stand before the second line's place can be told
     corner = heading.get_window_extent().transformed(fig.transFigure.inverted())
-    fig.text(corner.x0, corner.y0, below, fontsize=9.5, va="bottom")
+    line = fig.text(corner.x0, corner.y0, below, fontsize=9.5, va="bottom")
+    width = line.get_window_extent().transformed(fig.transFigure.inverted()).width
+    line.set_fontsize(9.5 * min(1.0, (1 - 2 * corner.x0) / width))  # what does not fit would be cut off
     return finished(fig)

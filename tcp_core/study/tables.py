@@ -88,20 +88,30 @@ def _starts_apart(runs: pd.DataFrame) -> pd.DataFrame:
 def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
     """Return mean and standard deviation over seeds for each `KEY`, beside the dense network of the same `GROUP`.
 
-    `n` is the number of seeds; `sd` (of a sample, n - 1) is missing for one. Several runs with the same key and seed
-    count as one, their mean, with a warning if their accuracies differ. `seconds_of_dense` is missing where the two did
-    not run on the same kind of machine.
+    `delta_dense` is the difference to it, taken as in `differences`; `n` is the number of seeds; `sd` (of a sample,
+    n - 1) is missing for one. Several runs with the same key and seed count as one, their mean, with a warning if their
+    accuracies differ. `seconds_of_dense` is missing where the two did not run on the same kind of machine.
     """
     for text in repeated(runs):
         warnings.warn(text, stacklevel=2)
     table = _over_seeds(runs, KEY)
-    dense = table[table["method"] == "dense"][[*GROUP, "accuracy", "seconds", "machine"]]
+    dense = table[table["method"] == "dense"][[*GROUP, "seconds", "machine"]]
     beside = table[GROUP].merge(dense, on=GROUP, how="left").set_axis(table.index)
-    table.insert(list(table).index("n") + 1, "delta_dense", table["accuracy"] - beside["accuracy"])
+    delta = table[KEY].merge(_to_dense(runs), on=KEY, how="left").set_axis(table.index)["difference"]
+    table.insert(list(table).index("n") + 1, "delta_dense", delta)
     relative = 100 * table["seconds"] / beside["seconds"]
     relative = relative.where(table["machine"] == beside["machine"])
     table.insert(list(table).index("machine"), "seconds_of_dense", relative)
     return _in_order(table)
+
+
+def _to_dense(runs):
+    """Return for each `KEY` its difference to dense, within each start that both have runs from, as `differences`."""
+    table = _over_seeds(runs, [*KEY, "start"])
+    dense = table[table["method"] == "dense"][[*GROUP, "start", "accuracy", "n"]]
+    pairs = table.merge(dense, on=GROUP, suffixes=("", "_rival"))
+    pairs["difference"], pairs["se_pooled"] = pairs["accuracy"] - pairs["accuracy_rival"], np.nan
+    return _over_starts(pairs, KEY)[[*KEY, "difference"]]
 
 
 def _over_seeds(runs, key):
