@@ -386,6 +386,9 @@ def test_layers_that_can_be_narrowed_and_are_in_no_table_are_named():
     own = type("Own", (nn.Conv2d,), {})
     with pytest.warns(RuntimeWarning, match=r"1 layer\(s\) that can become narrower are in no table: 5\. They"):
         tailored(of_layer_too, {"latency": 0.9}, model=normless(own))
+    layers = nn.ConvTranspose2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    with pytest.raises(tcp.LatencyError, match="this network has none: give a budget of macs, params"):
+        tailored(of_layer_too, {"latency": 0.9}, model=nn.Sequential(*layers))
 
 
 # -------------------------------------------------------------------------------------------------

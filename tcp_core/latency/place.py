@@ -117,12 +117,17 @@ class Latency:
         """Return the latency of the networks that ``model`` can be made into, as a cost; layers are timed if need be.
 
         Raises:
-            LatencyError: if a measurement fails.
+            LatencyError: if a measurement fails, or no layer can be timed by itself.
         """
         args, kwargs = channels.example
         if kwargs:
             raise LatencyError("latency is measured with positional inputs; give example_input as a tensor or a tuple.")
         calls = [call for call in layer_calls(model, args, kwargs) if _units(channels, call) is not None]
+        if not calls:
+            raise LatencyError(
+                "latency is predicted from layers that are called as torch's own Conv1d, Conv2d, Conv3d or Linear, and "
+                "this network has none: give a budget of macs, params, memory or weights instead."
+            )
         _warn_of_untimed(channels, calls)
 
         def measure(open_units: Tensor) -> tuple[Timing, Timing]:
