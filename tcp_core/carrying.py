@@ -87,7 +87,7 @@ def _assign(tensor: Tensor, data: Tensor) -> None:
     if tensor.requires_grad:
         # A graph that is still alive keeps the parameter's accumulator, which knows the old size; that of another dtype
         # is dropped by torch itself, and the next forward pass makes a new one.
-        tensor.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
+        tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype == torch.float32 else torch.float32)
     tensor.data = data
 
 

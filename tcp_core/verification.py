@@ -161,11 +161,12 @@ def differing(expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: 
             return f": output{place} is {a.dtype} of shape {tuple(a.shape)} in one and {b.dtype} of {tuple(b.shape)}"
         if not has_values(a):
             continue
-        a, b = (x.to_dense() if x.layout is not torch.strided else x for x in (a, b))
         wide = torch.complex128 if a.is_complex() else torch.float64
+        # on the CPU, for a device may have no float64
+        a, b = ((x if x.layout is torch.strided else x.to_dense()).cpu().to(wide) for x in (a, b))
         same = (a == b) | (a.isnan() & b.isnan())  # infinities too
-        gap = (a.to(wide) - b.to(wide)).abs().masked_fill(same, 0)
-        scale = a.to(wide).abs().masked_fill(~a.isfinite(), 0).amax().clamp(min=torch.finfo(torch.float32).tiny)
+        gap = (a - b).abs().masked_fill(same, 0)
+        scale = a.abs().masked_fill(~a.isfinite(), 0).amax().clamp(min=torch.finfo(torch.float32).tiny)
         error = float(gap.amax() / scale) if a.numel() else 0.0
         if not error <= tolerance:
             return f" by {error:.2g} of the largest output{place}"
