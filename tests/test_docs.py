@@ -11,7 +11,7 @@ from documentation import NAMES, PAGES, ROOT, anchors, blocks, digits, execute, 
 
 from tcp_core.controller import Controller
 from tcp_core.maturity import PHASE_ENOUGH, PHASE_FRESH, PHASE_LEAST, PHASE_TRAINED
-from tcp_core.study import results_page, tables
+from tcp_core.study import records, results_page
 
 
 def test_the_readme_is_one_screen_and_a_half():
@@ -121,7 +121,7 @@ def read_json(path):
 
 @pytest.mark.medium
 def test_the_readme_has_the_results_at_a_glance():
-    study = tables.study(ROOT / "results" / "runs", tables.run_defaults(ROOT / "notebooks" / "10_run.ipynb"))
+    study = records.study(ROOT / "results" / "runs", records.run_defaults(ROOT / "notebooks" / "10_run.ipynb"))
     text = read("README.md")
     assert results_page.refreshed(text, results_page.at_a_glance(study)) == text, "run `make report`"
     with pytest.raises(ValueError, match="no part between"):

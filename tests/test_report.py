@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from tcp_core.study import method_plots, naming, pages, study_plots, tables
+from tcp_core.study import method_plots, naming, pages, records, study_plots, tables
 from tcp_core.study.published import main, trim
 from tcp_core.training import frames
 from tcp_core.training.plots import save_figure
@@ -29,7 +29,7 @@ PUBLISHED = ROOT / "results" / "published.csv"
 
 @pytest.fixture(scope="module")
 def study():
-    return tables.study(FIXTURE, tables.run_defaults(RUN_NOTEBOOK))
+    return records.study(FIXTURE, records.run_defaults(RUN_NOTEBOOK))
 
 
 def run(**changes):
@@ -45,8 +45,8 @@ DENSE = {"method": "dense", "budget.macs": None, "utilisation.macs": None, "macs
 
 
 def study_of(monkeypatch, *rows, defaults=None):
-    monkeypatch.setattr(tables, "read_runs", lambda root: pd.DataFrame(rows))
-    return tables.study("anywhere", defaults)
+    monkeypatch.setattr(records, "read_runs", lambda root: pd.DataFrame(rows))
+    return records.study("anywhere", defaults)
 
 
 def test_mean_spread_and_differences_by_hand(monkeypatch):
@@ -239,12 +239,12 @@ def test_the_same_run_twice_with_other_results_is_warned_of(monkeypatch):
 
 
 def test_every_parameter_of_the_run_notebook_has_its_place():
-    places = (tables.NAMED, tables.RECIPE, tables.IF_CHANGED, tables.OF_COMPARATORS, tables.OF_CONTROLLER)
-    places = (*places, tables.OF_BOTH, tables.SAYS_NOTHING)
+    places = (records.NAMED, records.RECIPE, records.IF_CHANGED, records.OF_COMPARATORS, records.OF_CONTROLLER)
+    places = (*places, records.OF_BOTH, records.SAYS_NOTHING)
     known = [name for place in places for name in place]
     assert len(known) == len(set(known))
-    assert set(tables.run_defaults(RUN_NOTEBOOK)) <= set(known), (
-        "say in tables.py what the parameter is to a comparison"
+    assert set(records.run_defaults(RUN_NOTEBOOK)) <= set(known), (
+        "say in records.py what the parameter is to a comparison"
     )
 
 
@@ -259,7 +259,7 @@ def test_what_is_missing_is_said(monkeypatch):
 
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="No finished run"):
-        tables.study(tmp_path)
+        records.study(tmp_path)
 
 
 @pytest.mark.parametrize("rows", [[run()], [run(**DENSE)], [run(), run(method="taylor")], [run(run="d/search_x/k")]])
@@ -281,7 +281,7 @@ def all_tables(study):
 
 @pytest.mark.medium
 def test_tables_are_the_same_bytes_each_time(study, tmp_path):
-    again = tables.study(FIXTURE, tables.run_defaults(RUN_NOTEBOOK)).sample(frac=1, random_state=0)
+    again = records.study(FIXTURE, records.run_defaults(RUN_NOTEBOOK)).sample(frac=1, random_state=0)
     for folder, runs in (("one", study), ("other", again)):  # in whatever order the runs are read
         for name, table in all_tables(runs).items():
             pages.write(table, name, tmp_path / folder)
@@ -509,7 +509,7 @@ def test_only_the_committed_study_is_reported_with_goals():
 @pytest.mark.medium
 def test_committed_tables_follow_from_committed_runs(tmp_path):
     """Whoever adds runs, or changes a table, must run `make report` and commit what it makes."""
-    study = tables.study(ROOT / "results" / "runs", tables.run_defaults(RUN_NOTEBOOK))
+    study = records.study(ROOT / "results" / "runs", records.run_defaults(RUN_NOTEBOOK))
     for name, table in all_tables(study).items():
         missing = tables.missing(tables.accuracy(study)) if name == "accuracy" else ()
         pages.write(table, name, tmp_path, missing=missing)

@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 
 from tcp_core.maturity import phase_of
-from tcp_core.study import results_page, study_plots, tables
+from tcp_core.study import records, results_page, study_plots, tables
 from tcp_core.training.plots import save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
-DEFAULTS = tables.run_defaults(ROOT / "notebooks" / "10_run.ipynb")
+DEFAULTS = records.run_defaults(ROOT / "notebooks" / "10_run.ipynb")
 PUBLISHED = pd.read_csv(ROOT / "results" / "published.csv")
 
 
@@ -27,7 +27,7 @@ def page(study, **places):
 
 @pytest.fixture(scope="module")
 def study():
-    return tables.study(ROOT / "results" / "runs", DEFAULTS)
+    return records.study(ROOT / "results" / "runs", DEFAULTS)
 
 
 @pytest.mark.medium
@@ -50,7 +50,7 @@ def test_every_run_that_was_compared_is_on_the_page(study):
     assert len(re.findall("the best comparator there", text)) == len(best)
     losses = (best["difference"] < -0.005).sum()
     assert len(re.findall(r"points below \*[^*]+\*, the best comparator there", text)) == losses > 0
-    assert len(re.findall("so it is no comparator", text)) == tables.borrowed(accuracy["options"]).sum() > 0
+    assert len(re.findall("so it is no comparator", text)) == records.borrowed(accuracy["options"]).sum() > 0
 
 
 def test_runs_whose_test_images_were_not_read_change_no_standard_error(study):
@@ -80,7 +80,7 @@ def test_starts_of_one_name_with_other_weights_are_told_apart(tmp_path):
             params = json.loads((copy / "params.json").read_text())
             params |= {"weights_sha256": known} if known else {}
             (copy / "params.json").write_text(json.dumps(params))
-        return [*tables.study(tmp_path, DEFAULTS).sort_values("run")["recipe"]]
+        return [*records.study(tmp_path, DEFAULTS).sort_values("run")["recipe"]]
 
     one, same, other, unknown = recipes(hashes)
     assert one == same
@@ -104,7 +104,7 @@ def longer(tmp_path, epochs=20, gain=0.02):
             value = json.loads((copy / f"{name}.json").read_text())
             value |= change or {"test_accuracy": value["test_accuracy"] + gain}
             (copy / f"{name}.json").write_text(json.dumps(value))
-    return tables.study(runs, DEFAULTS)
+    return records.study(runs, DEFAULTS)
 
 
 @pytest.mark.medium
@@ -153,7 +153,7 @@ def test_a_mean_near_the_goal_says_how_near_and_that_it_may_be_chance():
     summary = best.assign(part="best comparator")
     methods = ["tailored", "taylor", "dense", "small", "small"]
     accuracy = pd.concat([best.assign(method=method) for method in methods], ignore_index=True)
-    accuracy["options"] = ["", "", "", "", f"{tables.BORROWED} ours"]
+    accuracy["options"] = ["", "", "", "", f"{records.BORROWED} ours"]
     row = {"data": "d", "options": "", "length": tables.length(20), "pairs": 1, "wins": 1, "losses": 0}
 
     def said(difference, se):

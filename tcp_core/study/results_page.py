@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import study_plots, tables
+from . import records, study_plots, tables
 from .pages import DATA, GOAL, GOALS_DENSE, GROUP, METHODS, NAMES, absent, heading, lines, number
 
 STUDIES = {
@@ -110,14 +110,14 @@ def glance(summary: pd.DataFrame, accuracy: pd.DataFrame) -> pd.DataFrame:
             row[pair["budget"]] = f"{number(pair['accuracy'], 2)} ({number(pair['difference'], 2, sign='+')}{se})"
         rows.append(row)
     fixed = [*GROUP, "options", "seeds", "dense"]
-    budgets = sorted({name for row in rows for name in row} - set(fixed), key=tables.budget_order)
+    budgets = sorted({name for row in rows for name in row} - set(fixed), key=records.budget_order)
     return pd.DataFrame(rows, columns=[*fixed, *budgets])
 
 
 def page(
     study: pd.DataFrame, published: pd.DataFrame, *, figures: str | Path, experiments: str | Path, folder: str | Path
 ) -> str:
-    """Return the page's text, for a file in ``folder``, from the tables `tables.study` and of what was published.
+    """Return the page's text, for a file in ``folder``, from `records.study` and the table of what was published.
 
     ``figures`` is the folder of the report's figures: those that are there are shown; ``experiments`` that of the
     declarations: those without runs are named.
@@ -237,7 +237,7 @@ def _overall(row, summary, accuracy):
 
 def _comparators(accuracy, best):
     """Say of how many methods the best was taken, at the budgets of ``best``."""
-    rivals = accuracy[~accuracy["method"].isin(["tailored", "dense"]) & ~tables.borrowed(accuracy["options"])]
+    rivals = accuracy[~accuracy["method"].isin(["tailored", "dense"]) & ~records.borrowed(accuracy["options"])]
     rivals = rivals.merge(best[[*GROUP, "budget"]].drop_duplicates())
     counts = rivals.groupby([*GROUP, "budget"])[["method", "options"]].apply(lambda rows: len(rows.drop_duplicates()))
     low, high = counts.min(), counts.max()
@@ -268,7 +268,7 @@ def _reading(rows, pairs, best):
             f"({_chance(pair['difference'], pair['se'])}). Training cost as much as {number(ours, 1)} dense epochs, "
             f"against {number(theirs, 1)}."
         )
-    for pair in pairs[tables.borrowed(pairs["options_rival"])].to_dict("records"):
+    for pair in pairs[records.borrowed(pairs["options_rival"])].to_dict("records"):
         said.append(
             f"- At {pair['budget']} a network {pair['options_rival']}, trained from fresh weights, has "
             f"{number(pair['accuracy_rival'], 2)}: ours is {_points(pair['difference'])} it "

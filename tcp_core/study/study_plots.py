@@ -18,7 +18,8 @@ from ..training.plots import COLORS, DOTS, TEXT_GREY, finished, style
 from .naming import name_inside, name_right
 from .pages import COSTS, GOAL, GROUP, METHODS, heading, number
 from .published import ARCHITECTURES
-from .tables import LEVEL, borrowed, budget_order, family
+from .records import borrowed, budget_order
+from .tables import LEVEL, family
 
 OURS = COLORS["tailored"]
 LOST = "#8C2D5A"  # where a comparator is better

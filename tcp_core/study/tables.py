@@ -1,88 +1,23 @@
-"""Runs -> tables. Every number of the study is read from run folders here, and nowhere else.
+"""Records -> tables. Every number of the study follows from `records.study`, one row a run, and from nothing else.
 
-`study` gives one row a run, `accuracy` one row for each thing that was compared (mean over seeds), and the other
-tables follow from these two. Accuracies and costs are in percent, differences of accuracy in points, times in seconds.
+`accuracy` gives one row for each thing that was compared (mean over seeds), and the other tables follow from these two.
+Accuracies and costs are in percent, differences of accuracy in points, times in seconds.
 
 Runs are compared only within a `GROUP`: same data, network, start, epochs and recipe, so whatever differs between two
 rows of a group is the method. Where a start was trained again, a row may be of several; `differences` keeps them apart.
-Seed, threads and output folder say nothing about what was compared.
 """
 
-import ast
-import json
-import re
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..maturity import phase_of
-from ..training.frames import training_cost
 from .pages import COSTS, GOAL, GOALS_DENSE, GROUP, KEY, LONG, METHODS, absent, heading, number
 from .published import ARCHITECTURES
-from .results import read_runs
+from .records import borrowed, budget_order, in_order
 
-# What the run notebook's parameters are to a comparison. IF_CHANGED, and one that stands in none of these, is part of
-# the recipe, and is named there unless it has its default: so nothing that differs is averaged or compared by accident.
-NAMED = ("network", "data", "size", "epochs", "method", "macs", "params")
-RECIPE = ("batch_size", "lr", "weight_decay", "augment", "precision", "val_images", "weights")
-IF_CHANGED = (
-    *("warmup", "label_smoothing", "mixing", "accumulate"),
-    *("processes", "sync_batch_norm", "skip_corrupt"),
-)
 LEVEL = 0.005  # points: a smaller difference prints as 0.00 and is neither won nor lost
-OF_COMPARATORS = ("prune_at", "restart", "widths_of")
-OF_CONTROLLER = ("phase_start", "phase_end")
-OF_BOTH = ("multiple",)
-BORROWED = "with the widths of"
-WORDS = {
-    "phase_start": lambda share: f"phase from {100 * share:g} %",
-    "phase_end": lambda share: f"to {100 * share:g} % of the run",
-    "prune_at": lambda share: f"pruned after {100 * share:g} % of the run",
-    "restart": lambda _: "learning rate restarted then",
-    "widths_of": lambda run: f"{BORROWED} {METHODS.get(run.split('/')[-1].split('-')[0], run)}",
-    "multiple": lambda size: f"widths in multiples of {size:g}" if size else "widths that kernels like",
-}
-SAYS_NOTHING = ("seed", "threads", "out", "read_test", "checkpoint_every", "workers", "tensorboard", "weights_sha256")
-
 NOT_PUBLIC = "not public"
-
-
-def borrowed(options: pd.Series) -> pd.Series:
-    """Say of each of these options whether another run's widths went in: no rival, and it costs that run's training."""
-    return options.str.contains(BORROWED, regex=False)
-
-
-def run_defaults(notebook: str | Path) -> dict:
-    """Return the run notebook's parameters with their defaults, which runs older than a parameter had."""
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    (source,) = ("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
-    return {line.target.id: ast.literal_eval(line.value) for line in ast.parse(source).body}
-
-
-def study(root: str | Path, defaults: Mapping | None = None) -> pd.DataFrame:
-    """Return one row for each finished run below `root`, in the order of every table.
-
-    Columns: `KEY`, start (hash of the weights it began with, "" where none is recorded), run, searched (it compared
-    controllers), seed, accuracy (test), val_accuracy, macs and params
-    (percent of dense), requested and before of each cost (percent of dense; `before`: what a sparsity-training method
-    had left open by itself), utilisation (of the binding budget), largest_gate, training_cost (epochs of the dense
-    network, see `training_cost`), seconds, machine. `defaults` stand in
-    for parameters that a run does not have. Raises what `results.read_runs` does.
-    """
-    rows = _starts_apart(read_runs(root)).to_dict("records")
-    return _in_order(pd.DataFrame([_run(row, defaults or {}) for row in rows]))
-
-
-def _starts_apart(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs with starts of one name told apart by their weights' hash, where different ones are recorded."""
-    if "param.weights_sha256" not in runs:
-        return runs
-    name, known = runs["param.weights"], runs["param.weights_sha256"]
-    several = known.groupby(name).transform("nunique") > 1
-    return runs.assign(**{"param.weights": name.mask(several & known.notna(), name + " " + known.str[:8])})
 
 
 def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
@@ -102,7 +37,7 @@ def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
     relative = 100 * table["seconds"] / beside["seconds"]
     relative = relative.where(table["machine"] == beside["machine"])
     table.insert(list(table).index("machine"), "seconds_of_dense", relative)
-    return _in_order(table)
+    return in_order(table)
 
 
 def _to_dense(runs):
@@ -155,11 +90,11 @@ def overview(table: pd.DataFrame) -> pd.DataFrame:
     table = table.assign(said=said)
     budgets = sorted(set(table["budget"]), key=budget_order)
     wide = table.pivot(index=[*GROUP, "method", "options"], columns="budget", values="said")[budgets]
-    return _in_order(wide.reset_index())
+    return in_order(wide.reset_index())
 
 
 def differences(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return ours minus each other method (dense too) of the same `GROUP` and budget, from the table `study`.
+    """Return ours minus each other method (dense too) of the same `GROUP` and budget, from `records.study`.
 
     Methods are compared within each start that both have runs from (between all, where there is none), and the mean
     over starts is taken, each weighed by the seeds of the side that has fewer; accuracies and ``n`` are of the runs
@@ -187,7 +122,7 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
     pairs["se_pooled"] = np.sqrt(pairs["variance"] + pairs["variance_rival"])
     of = [*GROUP, "options", "budget", "rival", "options_rival"]
     shown = ["accuracy", "sd", "n", "accuracy_rival", "sd_rival", "n_rival", "difference", "se", "se_pooled"]
-    return _in_order(_over_starts(pairs, of)[[*of, *shown]])
+    return in_order(_over_starts(pairs, of)[[*of, *shown]])
 
 
 def _over_starts(pairs, of):
@@ -231,7 +166,7 @@ def summary(pairs: pd.DataFrame, *, goals: bool = True) -> pd.DataFrame:
     parts = {
         "mean over all": _mean_difference(best, ["data", "options", "length"]),
         "mean over budgets": _mean_difference(best, ours),
-        "best comparator": _in_order(best).drop(columns=[*count, "length"]),
+        "best comparator": in_order(best).drop(columns=[*count, "length"]),
         "dense at 50 % macs": at_half.drop(columns=[*count, "length"]),
         "each comparator": _mean_difference(rivals, ["data", "options", "rival", "options_rival"]),
     }
@@ -277,7 +212,7 @@ def delivered(runs: pd.DataFrame) -> pd.DataFrame:
     table["used"] = 100 * table["delivered"] / table["requested"]
     table["before_used"] = 100 * table["before"] / table["requested"]
     shown = ["seed", "cost", "requested", "delivered", "used", "before", "before_used", "largest_gate", "run"]
-    return _in_order(table)[[*KEY, *shown]]
+    return in_order(table)[[*KEY, *shown]]
 
 
 def beside_published(table: pd.DataFrame, published: pd.DataFrame, *, within: float = 5) -> pd.DataFrame:
@@ -328,77 +263,6 @@ def search(runs: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index().sort_values(order, ascending=[True] * 5 + [False, True, True], ignore_index=True)
 
 
-def _run(row, defaults):
-    """Return the row of `study` for a row of `read_runs`."""
-    own = {k.removeprefix("param."): v for k, v in row.items() if k.startswith("param.") and not absent(v)}
-    given = {**defaults, **own}
-    phase = tuple(given.get(name) for name in OF_CONTROLLER)
-    if given.get("weights") and not absent(row.get("steps")) and phase == phase_of(1.0, row["steps"]):
-        given |= {name: defaults.get(name) for name in OF_CONTROLLER}  # as a trained network finds it by itself
-    method, folders = row["method"], row["run"].split("/")
-    rest = [
-        name
-        for name in given
-        if name not in (*NAMED, *RECIPE, *OF_COMPARATORS, *OF_CONTROLLER, *OF_BOTH, *SAYS_NOTHING)
-    ]
-    options = {"dense": (), "tailored": (*OF_CONTROLLER, *OF_BOTH)}
-    budget = {cost: row[f"budget.{cost}"] for cost in COSTS if not absent(row.get(f"budget.{cost}"))}
-    used = [row[f"utilisation.{cost}"] for cost in budget if not absent(row.get(f"utilisation.{cost}"))]
-    known = {name: given[name] for name in RECIPE if not absent(given.get(name)) and given[name] != ""}
-    size = f" at {given['size']:g} px" if given.get("size") else ""
-    return {
-        "data": row["dataset"] + size,
-        "network": row["network"],
-        "setting": "from a pretrained network" if given.get("weights") else "from scratch",
-        "epochs": given.get("epochs", 0),
-        "recipe": ", ".join(_said(known) + _changed(given, rest, defaults)),
-        "budget": " + ".join(f"{100 * share:g} % {cost}" for cost, share in budget.items()) or "dense",
-        "method": method,
-        "options": ", ".join(_changed(given, options.get(method, (*OF_COMPARATORS, *OF_BOTH)), defaults)),
-        "start": "" if absent(given.get("weights_sha256")) else given["weights_sha256"],
-        "run": row["run"],
-        "searched": len(folders) > 1 and folders[-2].startswith("search"),
-        "seed": row["seed"],
-        "accuracy": _percent(row["test_accuracy"]),
-        "val_accuracy": _percent(row["val_accuracy"]),
-        **{cost: 100 * row[cost] / row[f"dense_{cost}"] for cost in COSTS},
-        **{f"requested_{cost}": _percent(budget.get(cost)) for cost in COSTS},
-        **{f"before_{cost}": _percent(row.get(f"cost_before_fill.{cost}")) / row[f"dense_{cost}"] for cost in COSTS},
-        "utilisation": 100 * max(used, default=np.nan),
-        "largest_gate": _percent(row.get("largest_gate_removed")) / 100,
-        "training_cost": training_cost(
-            given.get("epochs", 0), row["macs"] / row["dense_macs"], row.get("steps"), row.get("frozen_at_step")
-        ),
-        "seconds": row["seconds_train"],
-        "machine": _machine(row),
-    }
-
-
-def _machine(row):
-    threads = row.get("threads", 0)
-    of_cpu = "" if "NVIDIA" in str(row.get("device")) else f", {threads:g} thread{'s' * (threads != 1)}"
-    return f"{row.get('device')}{of_cpu}, torch {row.get('versions.torch')}"
-
-
-def _percent(value):
-    return np.nan if absent(value) else 100.0 * value
-
-
-def _said(given):
-    return [
-        f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}" for name, value in given.items()
-    ]
-
-
-def _changed(given, names, defaults):
-    """Say which of the parameters `names` are not at their defaults; True is said by the name alone."""
-    changed = {name: given[name] for name in names if name in given and given[name] != defaults.get(name)}
-    return [
-        WORDS[name](value) if name in WORDS else name if value is True else _said({name: value})[0]
-        for name, value in changed.items()
-    ]
-
-
 def _each(prefix):
     return [f"{prefix}_{cost}" for cost in COSTS]
 
@@ -407,36 +271,13 @@ def _texts(values):
     return "; ".join(sorted(set(values)))
 
 
-def budget_order(budget: str) -> tuple:
-    """Return what budgets are sorted by: dense first, then macs, params and both, each from the largest share down."""
-    shares = [-float(part.split()[0]) for part in budget.split(" + ") if part != "dense"]
-    return (budget != "dense", len(shares), "params" in budget, *shares)
-
-
-def _in_order(table):
-    """Sort by `GROUP` (resnet20 before resnet110), budget, then ours before the comparators in a fixed order."""
-
-    def rank(column):
-        if column.name == "budget":
-            values = list(map(budget_order, column))
-        elif column.name in ("method", "rival"):
-            values = [(list(METHODS).index(name), "") if name in METHODS else (len(METHODS), name) for name in column]
-        else:
-            values = [re.sub(r"\d+", lambda number: number[0].zfill(9), str(value)) for value in column]
-        ranks = {value: index for index, value in enumerate(sorted(set(values)))}
-        return pd.Series([ranks[value] for value in values], index=column.index)
-
-    by = [name for name in (*KEY, "rival", "options_rival", "seed", "cost", "run") if name in table]
-    return table.sort_values(by, key=rank, kind="stable", ignore_index=True)
-
-
 def _mean_difference(pairs, by):
     """Return, for each value of `by`, the mean of the differences with its standard error, and wins and losses."""
     groups = pairs.assign(square=pairs["se_pooled"] ** 2).groupby(by)
     table = groups[["pairs", "wins", "losses"]].sum()
     table["difference"] = groups["difference"].mean()
     table["se"] = np.sqrt(groups["square"].agg(lambda squares: squares.sum(skipna=False))) / table["pairs"]
-    return _in_order(table.reset_index())
+    return in_order(table.reset_index())
 
 
 def _as_ours(rows):
