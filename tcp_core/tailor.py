@@ -282,8 +282,9 @@ class Tailor(Gated):
     def _join(self, group: Any) -> None:
         """Average the gates' gradients over a group of processes from now on, if their Tailors are alike."""
         if group is not None and self.group is None:
-            now = {"maturity": self.controller.maturity, "progress": self.controller.step_count}
-            check_alike(self._run() | now, group, _same)
+            said = self._run() | {"maturity": self.controller.maturity, "progress": self.controller.step_count}
+            said.pop("place")  # it is the first process that measures latency, whatever device the others name
+            check_alike(said, group, _same)
         self.group = group
 
     def _shrink(self, given: Iterable[torch.optim.Optimizer] = (), trained: bool = False) -> None:

@@ -112,7 +112,7 @@ def of_the_readers(model: nn.Module, channels) -> Tensor:
     for layer in channels.layers:
         weight, slots = parameters[layer.weight], channels.slots.get(layer.weight, ())
         if len(slots) > 1 and (units := slots[1]) is not None:
-            change = (weight * weight.grad).detach().movedim(1, 0).flatten(1).sum(1)
+            change = (weight * weight.grad).detach().double().movedim(1, 0).flatten(1).sum(1)
             found.index_add_(0, units[units >= 0], change[units >= 0])
     return found
 

@@ -110,6 +110,11 @@ def test_methods_are_compared_within_the_starts_that_both_have(monkeypatch):
     assert beside_dense["taylor"] == pytest.approx(80 - 90)
     assert beside_dense["dense"] == 0
 
+    more = [*rows, *(each | DENSE for each in runs("dense", 0.94, start="b"))]  # a seed that there is in both starts
+    beside_dense = tables.accuracy(study_of(monkeypatch, *more)).set_index("method")
+    assert beside_dense.loc["dense", ["accuracy", "n"]].to_list() == pytest.approx([92, 2])
+    assert beside_dense.loc["tailored", "delta_dense"] == pytest.approx(((81 - 90) + (90 - 94)) / 2)
+
     unread = [
         each | ({"test_accuracy": None} if each["method"] == "taylor" and each["seed"] == 2 else {}) for each in rows
     ]

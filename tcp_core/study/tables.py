@@ -24,8 +24,8 @@ def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
     """Return mean and standard deviation over seeds for each `KEY`, beside the dense network of the same `GROUP`.
 
     `delta_dense` is the difference to it, taken as in `differences`; `n` is the number of seeds; `sd` (of a sample,
-    n - 1) is missing for one. Several runs with the same key and seed count as one, their mean, with a warning if their
-    accuracies differ. `seconds_of_dense` is missing where the two did not run on the same kind of machine.
+    n - 1) is missing for one. Several runs of the same key, start and seed count as one, their mean, with a warning if
+    their accuracies differ. `seconds_of_dense` is missing where the two did not run on the same kind of machine.
     """
     for text in repeated(runs):
         warnings.warn(text, stacklevel=2)
@@ -53,7 +53,8 @@ def _over_seeds(runs, key):
     """Return the means over seeds for each value of `key`, with the accuracy's `sd` and `n`."""
     runs = runs[~runs["searched"]]
     numbers = ["accuracy", *COSTS, *_each("requested"), *_each("before"), "utilisation", "training_cost", "seconds"]
-    seeds = runs.groupby([*key, "seed"], dropna=False).agg(dict.fromkeys(numbers, "mean") | {"machine": _texts})
+    one = dict.fromkeys([*key, "start", "seed"])  # of two starts the same seed is two runs
+    seeds = runs.groupby(list(one), dropna=False).agg(dict.fromkeys(numbers, "mean") | {"machine": _texts})
     by_key = seeds.reset_index().groupby(key)
     table = by_key[numbers].mean()
     table.insert(1, "sd", by_key["accuracy"].std())
@@ -63,12 +64,12 @@ def _over_seeds(runs, key):
 
 
 def repeated(runs: pd.DataFrame) -> list[str]:
-    """Return, for each key and seed of several runs that do not agree, which they are; empty if there are none.
+    """Return, for each key, start and seed of several runs that do not agree, which they are; empty if there are none.
 
     Two studies may share a run, done twice with the same result. An old copy of another one is in the way.
     """
     said = []
-    for _, rows in runs[~runs["searched"]].groupby([*KEY, "seed"], dropna=False, sort=False):
+    for _, rows in runs[~runs["searched"]].groupby([*KEY, "start", "seed"], dropna=False, sort=False):
         if rows["accuracy"].nunique(dropna=False) > 1:
             each = [f"{run} ({number(share, 2)} %)" for run, share in zip(rows["run"], rows["accuracy"], strict=True)]
             said.append(
@@ -151,9 +152,9 @@ def summary(pairs: pd.DataFrame, *, goals: bool = True) -> pd.DataFrame:
     best of several noisy means is more often a lucky one. Networks with the widths of another run are not among them:
     they show what those widths are worth, and need that run first. Column `part`: "mean over all" of a data set, of
     its runs of `LONG` epochs or more and of the others; "mean over budgets" of a group, "best comparator" at each
-    budget, "dense at 50 % macs", and "each comparator" over all budgets. A mean's standard error comes from
-    `se_pooled`, as if its differences were independent. `goals`: whether to say if the goals were reached that the
-    committed study set itself.
+    budget, "dense at 50 % macs", and "each comparator" over all budgets and settings of long runs, and of the others.
+    A mean's standard error comes from `se_pooled`, as if its differences were independent. `goals`: whether to say if
+    the goals were reached that the committed study set itself.
     """
     better, worse = pairs["difference"] >= LEVEL, pairs["difference"] <= -LEVEL
     pairs = pairs.assign(pairs=1, wins=1 * better, losses=1 * worse)
@@ -168,7 +169,7 @@ def summary(pairs: pd.DataFrame, *, goals: bool = True) -> pd.DataFrame:
         "mean over budgets": _mean_difference(best, ours),
         "best comparator": in_order(best).drop(columns=[*count, "length"]),
         "dense at 50 % macs": at_half.drop(columns=[*count, "length"]),
-        "each comparator": _mean_difference(rivals, ["data", "options", "rival", "options_rival"]),
+        "each comparator": _mean_difference(rivals, ["data", "options", "length", "rival", "options_rival"]),
     }
     table = pd.concat([part.assign(part=name) for name, part in parts.items()], ignore_index=True)
     of_dense = table["network"].map(GOALS_DENSE).where(table["part"] == "dense at 50 % macs")
