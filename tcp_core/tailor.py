@@ -115,7 +115,7 @@ class Tailor(Gated):
         self.taken = 0  # calls of step(), after the network was made smaller too
         self.follows = False  # whether this is a copy in an average, whose gates are those of the run that carries it
         self.checked = False  # whether a step has found everything that holds the model fit to go on
-        self.unchecked: Any = ()  # the weights' versions at a step that found no optimiser
+        self.unchecked: tuple[float, ...] = ()  # sums of the weights at a step that found no optimiser
         self.carried: list[tuple[Average, Average]] = []
         self.carry(*([carry] if isinstance(carry, nn.Module | Mapping) else carry))
 
@@ -207,7 +207,7 @@ class Tailor(Gated):
                 "tailor(x), not model(x); and once per backward."
             )
         given = [optimizer for optimizer in optimizers if optimizer is not None]
-        if not self.checked and (now := versions(self.model)) != self.unchecked:
+        if not self.checked and (now := _sums(self.model)) != self.unchecked:
             found = holders(self.model, given)
             # with none, one may still be made, until something else has trained the weights from a step to the next; an
             # optimiser that forgets parameters will not remember them later
@@ -413,6 +413,14 @@ def option_names() -> list[str]:
         name for name in inspect.signature(Controller).parameters if name not in (*own, "channels", "budget", "device")
     ]
     return own + handed_on
+
+
+def _sums(model: nn.Module) -> tuple[float, ...]:
+    """Return the sum of each parameter that is trained, and one number more: what changes when anything trains them,
+    through ``.data`` too.
+    """
+    sums = [parameter.detach().float().sum() for parameter in model.parameters() if parameter.requires_grad]
+    return (*map(float, sums), 0.0)
 
 
 def _same(here: Any, there: Any) -> bool:

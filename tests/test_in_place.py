@@ -288,6 +288,30 @@ def test_without_any_optimizer_the_network_is_not_made_smaller_in_a_run():
     assert sum(p.numel() for p in model.parameters()) == tailor.report()["current"]["params"]
 
 
+@pytest.mark.parametrize("through_data", [False, True])
+def test_weights_that_are_trained_by_hand_are_noticed_at_the_second_step(through_data):
+    model, tailor = made()
+
+    def by_hand():
+        for parameter in model.parameters():
+            if through_data:
+                parameter.data -= 0.05 * parameter.grad
+            else:
+                with torch.no_grad():
+                    parameter -= 0.05 * parameter.grad
+            parameter.grad = None
+
+    x, y = batch()
+    F.cross_entropy(tailor(x), y).backward()
+    by_hand()
+    tailor.step()  # one that is made from now on would do
+    F.cross_entropy(tailor(x), y).backward()
+    by_hand()
+    with pytest.raises(RuntimeError, match="call tailor.step\\(shrink=False\\)"):
+        tailor.step()
+    tailor.step(shrink=False)
+
+
 def test_an_optimizer_of_something_else_is_refused():
     _, tailor = made()
     other = sgd(network().parameters())
