@@ -30,6 +30,11 @@ def check_trainable(model: nn.Module) -> None:
             f"parameter {half[0]!r} is {parameters[half[0]].dtype}: gates move by small steps that half precision "
             f"rounds away. Keep the model in float32 and run it under torch.autocast."
         )
+    if made := [name for name, p in parameters.items() if p.is_inference()]:
+        raise ValueError(
+            f"parameter {made[0]!r} was made under torch.inference_mode() and cannot be trained: build the model "
+            f"outside of it."
+        )
     if not any(p.requires_grad for p in parameters.values()):
         raise ValueError(
             "all parameters of the model are frozen (requires_grad is False), so nothing could recover from "

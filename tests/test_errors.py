@@ -624,6 +624,16 @@ def test_an_unknown_augmentation(model):
         fit(model, sources.digits().val, budget=None, epochs=1, augment="mixup")
 
 
+def test_a_model_without_values_or_of_inference_mode_is_named(model, x):
+    with pytest.raises(ValueError, match=r"'conv1.weight' is on the meta device.*model.to_empty"):
+        trace(nets.small_resnet().to("meta"), x.to("meta"))
+    with torch.inference_mode():
+        assert trace(model, x).units == trace(model, x.clone()).units > 0
+        made = nets.small_resnet()
+    with pytest.raises(ValueError, match="was made under torch.inference_mode"):
+        Tailor(made, x, budget={"macs": 0.5}, steps=STEPS)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "before", "message"),
     [

@@ -138,14 +138,14 @@ def trace(
     """
     check_ungated(model, "trace")
     _check_written_in_python(model)
-    _check_defaults()
     example = _samples(model, example_input, 1)
+    _check_tensors(model)
     ignored = _matching_modules(model, ignore, "ignore")
     left_over = _matching_modules(model, unused, "unused")
     also = list(also)
     ids = Identities(model, rule_of, rule_within, rule_of_function)
     ids.watched = {module: [] for modules in ignored.values() for module in modules}
-    with left_as_found(model), full_precision():
+    with left_as_found(model), full_precision(), torch.inference_mode(False):  # in which operators would not be seen
         ids.run("train", *_samples(model, example_input, 2))  # batch norm wants two values a channel
         for other in also:
             ids.run("train", *_samples(model, other, 2))
@@ -366,10 +366,16 @@ def _check_written_in_python(model: nn.Module) -> None:
             )
 
 
-def _check_defaults() -> None:
-    """Refuse what ``torch.set_default_device`` and ``set_default_dtype`` may have set: what is computed beside a model
-    is computed on the CPU, with numbers that hold counts.
+def _check_tensors(model: nn.Module) -> None:
+    """Refuse weights without values, and what ``torch.set_default_device`` and ``set_default_dtype`` may have set: what
+    is computed beside a model is computed on the CPU, with numbers that hold counts.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"parameter {name!r} is on the meta device and has no values, which a trace computes with: build the "
+                f"model on the CPU or a GPU, or give it weights: model.to_empty(device='cpu'), then initialise or load."
+            )
     device, dtype = torch.get_default_device(), torch.get_default_dtype()
     if device.type != "cpu":
         raise ValueError(
