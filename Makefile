@@ -21,7 +21,7 @@ SNAKEMAKE ?= --cores $(CORES)
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
-		| while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+		| while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 # $(call experiments,command,name): the command line of docs/experiments.md, with the places given to make
 experiments = $(BIN)/python -m tcp_core.study.experiments $(1) "$(2)" $(if $(RUNS),--runs "$(RUNS)") \
