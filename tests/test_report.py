@@ -15,6 +15,7 @@ from matplotlib.text import Text
 from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from scipy import stats
 
 from tcp_core.study import method_plots, naming, pages, records, study_plots, tables
 from tcp_core.study.published import main, trim
@@ -67,7 +68,9 @@ def test_mean_spread_and_differences_by_hand(monkeypatch):
     pairs = tables.differences(study).set_index("rival")
     assert pairs["difference"].to_list() == pytest.approx([-4, 0, 42])
     assert pairs.loc["taylor", "se"] == pytest.approx((4 / 3 + 2 / 2) ** 0.5)
-    assert np.isnan(pairs.loc["random", "se"])
+    welch = stats.ttest_ind([90, 92, 94], [91, 93], equal_var=False).confidence_interval(0.95)
+    assert pairs.loc["taylor", "ci"] == pytest.approx((welch.high - welch.low) / 2)
+    assert np.isnan(pairs.loc["random", ["se", "ci"]].astype(float)).all()
     pooled = (2 * 4 + 1 * 2 + 1 * 2) / (2 + 1 + 1)
     assert pairs.loc["random", "se_pooled"] == pytest.approx((4 / 3 + pooled) ** 0.5)
     total = tables.summary(pairs.reset_index()).set_index("part")
@@ -102,6 +105,7 @@ def test_methods_are_compared_within_the_starts_that_both_have(monkeypatch):
     assert pairs.loc["taylor", ["accuracy", "accuracy_rival"]].to_list() == pytest.approx([84, 244 / 3])
     pooled = (2 + 2 + 0.5) / 3
     assert pairs.loc["taylor", "se"] == pytest.approx((4 * (2 / 2 + 2 / 2) + 2 * pooled) ** 0.5 / 3)
+    assert pairs.loc["taylor", "ci"] == pytest.approx(stats.t.ppf(0.975, 3) * pairs.loc["taylor", "se"])
     assert pairs.loc["uniform_l1", ["accuracy", "n", "difference"]].to_list() == pytest.approx([81, 2, 0.5])
     assert pairs.loc["uniform_l1", "se"] == pytest.approx((2 / 2 + 0.5 / 2) ** 0.5)
     assert pairs.loc["dense", "difference"] == pytest.approx(81 - 90)

@@ -172,9 +172,11 @@ def test_sentences_say_which_side_and_whether_it_may_be_chance():
     assert results_page._points(-0.234) == "0.23 points below"
     assert results_page._points(0.5) == "0.50 points above"
     assert results_page._points(0.004) == "level with"
-    assert results_page._chance(0.3, 0.2) == "standard error 0.20, so it may be chance"
-    assert results_page._chance(-0.5, 0.2) == "standard error 0.20"
-    assert results_page._chance(0.5, float("nan")) == "one seed on a side, so it may be chance"
+    pair = {"se": 0.2, "ci": 0.4}
+    said = "standard error 0.20, 95 % interval ± 0.40"
+    assert results_page._chance(pair | {"difference": 0.3}) == f"{said}, so it may be chance"
+    assert results_page._chance(pair | {"difference": -0.5}) == said
+    assert results_page._chance({"difference": 0.5, "se": np.nan}) == "one seed on a side, so it may be chance"
 
 
 @pytest.mark.medium

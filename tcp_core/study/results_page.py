@@ -62,11 +62,11 @@ the epochs of our one run. The test images are read once, at the end of a run.
 
 Accuracies are percent, mean ± standard deviation over (n) seeds. Differences are points, with their standard error;
 where runs of one setting began with different weights, they are taken within each start that both methods have. **A
-difference of less than two standard errors, or of one seed, may be chance**, and with so few seeds one of three or four
-may be, too. Standard errors are of seeds alone: neither the start that runs share nor the choice of the 10,000 test
-images is in them. "The best comparator" is the best at that budget, chosen after the fact: the hardest choice for ours.
-The standard error of a mean over budgets takes, for settings of one seed, the standard deviation that the same data's
-other settings have, pooled."""
+difference within its 95 % interval, or of one seed, may be chance**; of so few seeds the interval (Welch's) is several
+standard errors wide. Standard errors are of seeds alone: neither the start that runs share nor the choice of the 10,000
+test images is in them. "The best comparator" is the best at that budget, chosen after the fact: the hardest choice for
+ours. The standard error of a mean over budgets takes, for settings of one seed, the standard deviation that the same
+data's other settings have, pooled."""
 
 CAVEATS = """\
 - All runs have any widths (`multiple=1`). By default `Tailor` and `fit` take multiples of 8 or 4; what these cost and
@@ -265,14 +265,14 @@ def _reading(rows, pairs, best):
         theirs = cost[pair["budget"], pair["rival"], pair["options_rival"]]
         said.append(
             f"- At {pair['budget']} ours is {_points(pair['difference'])} *{rival}*, the best comparator there "
-            f"({_chance(pair['difference'], pair['se'])}). Training cost as much as {number(ours, 1)} dense epochs, "
+            f"({_chance(pair)}). Training cost as much as {number(ours, 1)} dense epochs, "
             f"against {number(theirs, 1)}."
         )
     for pair in pairs[records.borrowed(pairs["options_rival"])].to_dict("records"):
         said.append(
             f"- At {pair['budget']} a network {pair['options_rival']}, trained from fresh weights, has "
             f"{number(pair['accuracy_rival'], 2)}: ours is {_points(pair['difference'])} it "
-            f"({_chance(pair['difference'], pair['se'])}). It needs the run of ours first, so it is no comparator."
+            f"({_chance(pair)}). It needs the run of ours first, so it is no comparator."
         )
     for pair in pairs[(pairs["rival"] == "dense") & (pairs["budget"] == "50 % macs")].to_dict("records"):
         goal, reached = GOALS_DENSE.get(pair["network"]), ""
@@ -280,7 +280,7 @@ def _reading(rows, pairs, best):
             reached = f"{'' if pair['difference'] >= goal else 'not '}within the goal of {number(-goal, 1)} "
         said.append(
             f"- At half the macs ours is {_points(pair['difference'])} the dense network of as many epochs, {reached}"
-            f"({_chance(pair['difference'], pair['se'])})."
+            f"({_chance(pair)})."
         )
     return said
 
@@ -378,10 +378,12 @@ def _points(difference):
     return f"{number(abs(difference), 2)} points {side}" if number(abs(difference), 2) != "0.00" else "level with"
 
 
-def _chance(difference, se):
-    if absent(se):
+def _chance(pair):
+    if absent(pair["se"]):
         return "one seed on a side, so it may be chance"
-    return f"standard error {number(se, 2)}" + ", so it may be chance" * bool(abs(difference) < 2 * se)
+    within = abs(pair["difference"]) < pair["ci"]
+    said = f"standard error {number(pair['se'], 2)}, 95 % interval ± {number(pair['ci'], 2)}"
+    return said + ", so it may be chance" * bool(within)
 
 
 def _signed(points):

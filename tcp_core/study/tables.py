@@ -11,6 +11,7 @@ import warnings
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from .pages import COSTS, GOAL, GOALS_DENSE, GROUP, KEY, LONG, METHODS, absent, heading, number
 from .published import ARCHITECTURES
@@ -45,7 +46,8 @@ def _to_dense(runs):
     table = _over_seeds(runs, [*KEY, "start"])
     dense = table[table["method"] == "dense"][[*GROUP, "start", "accuracy", "n"]]
     pairs = table.merge(dense, on=GROUP, suffixes=("", "_rival"))
-    pairs["difference"], pairs["se_pooled"] = pairs["accuracy"] - pairs["accuracy_rival"], np.nan
+    pairs["difference"] = pairs["accuracy"] - pairs["accuracy_rival"]
+    pairs["se_pooled"] = pairs["free_pooled"] = np.nan
     return _over_starts(pairs, KEY)[[*KEY, "difference"]]
 
 
@@ -100,13 +102,15 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
     Methods are compared within each start that both have runs from (between all, where there is none), and the mean
     over starts is taken, each weighed by the seeds of the side that has fewer; accuracies and ``n`` are of the runs
     that are compared. `se` is the standard error of the difference, sqrt(sd^2 / n + sd^2 / n), missing where either has
-    one seed. `se_pooled` is the same with, for one seed, the pooled standard deviation of all rows of the data set;
-    over several starts, `se` is it.
+    one seed; `ci` is half the 95 % confidence interval, by Student's t with as many degrees of freedom as Welch (1947)
+    has. `se_pooled` is the standard error with, for one seed, the pooled standard deviation of all rows of the data
+    set; over several starts, `se` is it.
     """
     table = _over_seeds(runs, [*KEY, "start"])
     free = (table["n"] - 1).clip(lower=0)  # no seed, where the test images were not read
     squares = table.assign(free=free, square=free * table["sd"] ** 2).groupby("data")
-    pooled = squares["square"].sum() / squares["free"].sum().replace(0, np.nan)
+    frees = squares["free"].sum().replace(0, np.nan)
+    pooled = squares["square"].sum() / frees
     table = table.assign(variance=(table["sd"] ** 2).fillna(table["data"].map(pooled)) / table["n"])
     ours = table[table["method"] == "tailored"].drop(columns="method")
     rivals = table[table["method"] != "tailored"].rename(columns={"method": "rival"})
@@ -119,11 +123,16 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
         ignore_index=True,
     )
     pairs["difference"] = pairs["accuracy"] - pairs["accuracy_rival"]
-    pairs["se"] = np.sqrt(pairs["sd"] ** 2 / pairs["n"] + pairs["sd_rival"] ** 2 / pairs["n_rival"])
+    sides = [(pairs["sd"] ** 2 / pairs["n"], pairs["n"]), (pairs["sd_rival"] ** 2 / pairs["n_rival"], pairs["n_rival"])]
+    pairs["se"] = np.sqrt(sides[0][0] + sides[1][0])
+    spread = sum(square**2 / (n - 1) for square, n in sides)
+    pairs["free"], pairs["free_pooled"] = pairs["se"] ** 4 / spread, pairs["data"].map(frees)
     pairs["se_pooled"] = np.sqrt(pairs["variance"] + pairs["variance_rival"])
     of = [*GROUP, "options", "budget", "rival", "options_rival"]
-    shown = ["accuracy", "sd", "n", "accuracy_rival", "sd_rival", "n_rival", "difference", "se", "se_pooled"]
-    return in_order(_over_starts(pairs, of)[[*of, *shown]])
+    found = _over_starts(pairs, of)
+    found["ci"] = stats.t.ppf(0.975, found["free"]) * found["se"]
+    shown = ["accuracy", "sd", "n", "accuracy_rival", "sd_rival", "n_rival", "difference", "se", "ci", "se_pooled"]
+    return in_order(found[[*of, *shown]])
 
 
 def _over_starts(pairs, of):
@@ -142,6 +151,7 @@ def _over_starts(pairs, of):
     groups = several.assign(**means, square=squares).groupby(of, sort=False)
     mean = groups[[*means, "n", "n_rival"]].sum(min_count=1)
     mean["se"] = mean["se_pooled"] = np.sqrt(groups["square"].agg(lambda each: each.sum(skipna=False)))
+    mean["free"] = groups["free_pooled"].first()
     return pd.concat([pairs[alone], mean.reset_index()], ignore_index=True)
 
 
@@ -176,7 +186,7 @@ def summary(pairs: pd.DataFrame, *, goals: bool = True) -> pd.DataFrame:
     table["goal"] = table["part"].map({"mean over budgets": GOAL, "mean over all": GOAL}).fillna(of_dense).astype(float)
     table["reached"] = np.where(table["goal"].isna(), "", np.where(table["difference"] >= table["goal"], "yes", "no"))
     shown = ["options", "length", "budget", "rival", "options_rival", "accuracy", "n", "accuracy_rival", "n_rival"]
-    shown += ["difference", "se", *count]
+    shown += ["difference", "se", "ci", *count]
     return table[["part", *GROUP, *shown, *(("goal", "reached") if goals else ())]]
 
 
