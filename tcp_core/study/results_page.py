@@ -83,7 +83,8 @@ CAVEATS = """\
 - In cifar10-long, the third seeds from the pretrained ResNet-20 (of dense, the fourth), and Torch-Pruning at 30 % of
   the macs, start from another network than the runs beside them: the same published weights, trained on with the same
   seed and recipe on another machine, after the first had been lost. They were added after the first two seeds were
-  known: ours and Taylor first, then, with these known, uniform L1 at every budget and dense.
+  known: ours and Taylor first, then, with these known, uniform L1 at every budget and dense. Over the eight budgets of
+  the long runs ours was 0.23 points above the best comparator in the mean with two seeds, and 0.27 before the last.
 - Our rules were chosen in more than a hundred trials on these images, by training loss and validation accuracy
   ([short](../results/controller_trials.csv), [long](../results/controller_trials_long.csv)). The comparators have their
   sources' settings; nobody has tuned them here.
@@ -277,9 +278,9 @@ def _reading(rows, pairs, best):
     for pair in pairs[(pairs["rival"] == "dense") & (pairs["budget"] == "50 % macs")].to_dict("records"):
         goal, reached = GOALS_DENSE.get(pair["network"]), ""
         if goal is not None:
-            reached = f"{'' if pair['difference'] >= goal else 'not '}within the goal of {number(-goal, 1)} "
+            reached = f", {'' if pair['difference'] >= goal else 'not '}within the goal of {number(-goal, 1)}"
         said.append(
-            f"- At half the macs ours is {_points(pair['difference'])} the dense network of as many epochs, {reached}"
+            f"- At half the macs ours is {_points(pair['difference'])} the dense network of as many epochs{reached} "
             f"({_chance(pair)})."
         )
     return said
