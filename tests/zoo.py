@@ -26,8 +26,16 @@ def fused(query, key, value, *args, out_shape=None, **kwargs):
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused}
-"""Torch's counter leaves attention out where a CPU fuses it."""
+def recurrent(x, weight, hidden_weight, *args, out_shape=None, **kwargs):
+    """Return the FLOPs of one layer of an LSTM in one direction by the shapes of its inputs and weights."""
+    return 2 * math.prod(x[:-1]) * (math.prod(weight) + math.prod(hidden_weight))
+
+
+FUSED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused,
+    torch.ops.aten.mkldnn_rnn_layer: recurrent,
+}
+"""Torch's counter leaves these out where a CPU runs them as one operator."""
 
 # One network of each family, in its smallest size.
 REPRESENTATIVES = (
