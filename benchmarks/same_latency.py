@@ -98,7 +98,8 @@ def written(out: Path) -> dict:
 def add(out: Path, row: dict) -> None:
     """Add a row to the output, and say what it was run with."""
     content, ran = written(out), environment("cpu")
-    content["rows"].append(row | {"git_commit": ran["git_commit"]})  # rows are added one by one, at other commits
+    # rows are added one by one, at other commits and maybe on other machines
+    content["rows"].append(row | {"git_commit": ran["git_commit"], "device": ran["device"]})
     content |= ran | {"recipe": RECIPE}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n")
