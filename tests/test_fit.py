@@ -211,7 +211,7 @@ class Counted:
     """A loss that depends on how often it was asked, by a number and by a buffer."""
 
     def __init__(self):
-        self.calls, self.norm = 0, nn.BatchNorm1d(10)
+        self.calls, self.norm = 0, nn.BatchNorm1d(10, affine=False)
 
     def __call__(self, outputs, targets):
         self.calls += 1
