@@ -188,7 +188,7 @@ def unfilled(model: nn.Module) -> set[str]:
     return {
         f"{prefix}.{key}" if prefix else key
         for prefix, module in model.named_modules(remove_duplicate=False)
-        if not plain_class(module).__module__.startswith("torch.")
+        if not getattr(plain_class(module), "__module__", "").startswith("torch.")
         for key, buffer in module._buffers.items()
         if buffer is None
     }
