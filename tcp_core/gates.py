@@ -363,7 +363,7 @@ def _bind(module: nn.Module, binding: Binding) -> None:
     # one for all modules of a kind, for torch.compile specialises on classes
     known = [kind for kind in plain.__subclasses__() if kind.__dict__.get(BINDING) == keys]
     if not known:
-        members = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, BINDING: keys}
+        members = {"__module__": getattr(plain, "__module__", None), "__qualname__": plain.__qualname__, BINDING: keys}
         members |= {"__reduce_ex__": _reduced, **{key: _reader(key) for key in keys}}
         known = [type(plain.__name__, (plain,), members)]
     module.__class__ = known[0]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+LONG = ("shapes", "network", "prunable")
+"""What is too long to be printed where it differs."""
 
 
 def group_of(given: Any, wrappers: Sequence[Any]) -> Any:
@@ -30,20 +34,28 @@ def group_of(given: Any, wrappers: Sequence[Any]) -> Any:
     return None if group is None or dist.get_world_size(group) == 1 else group
 
 
-def check_alike(said: Mapping[str, Any], group: Any, same: Callable[[Any, Any], bool]) -> None:
-    """Raise RuntimeError in every process of ``group`` unless all say the same, as ``same`` compares it."""
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, dict(said), group=group)
-    for name in said:
-        first = everyone[0].get(name)
-        for other, theirs in enumerate(everyone):
-            if not same(first, theirs.get(name)):
-                plain = not isinstance(first, Tensor | dict)
-                values = f": {first} in process 0, {theirs.get(name)} in process {other}" if plain else ""
-                raise RuntimeError(
-                    f"the processes have Tailors whose {name} is not the same{values}. Each would close other gates: "
-                    f"build it from the same network, weights, budget, steps and options in all of them."
+def agree(said: Mapping[str, Any], group: Any = None, same: Callable[[Any, Any], bool] = operator.eq) -> None:
+    """Raise ValueError in every process unless all say the same, as ``same`` compares it; the message names what
+    differs and where.
+    """
+    for other, theirs in enumerate(gathered(dict(said), group)):
+        for name, own in said.items():
+            if not same(own, theirs.get(name)):
+                here, there = ("" if name in LONG else f" ({value})" for value in (own, theirs.get(name)))
+                raise ValueError(
+                    f"process {dist.get_rank(group)}{here} and process {other}{there} disagree on {name}: all "
+                    f"processes must be given the same network, weights, budget, options and recipe."
                 )
+
+
+def gathered(value: Any, group: Any = None) -> list:
+    """Return every process's ``value``, in the order of processes."""
+    if not dist.is_available() or not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size(group)
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def average(gradient: Tensor, group: Any) -> None:

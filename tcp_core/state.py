@@ -8,7 +8,7 @@ import operator
 import random
 import types
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,15 +28,16 @@ def keeping_modes(*models: nn.Module):
 
 
 @contextlib.contextmanager
-def left_as_found(*models: nn.Module):
-    """Restore, at the end, all that running ``models`` can change in them, and the random state.
+def left_as_found(*models: nn.Module, beside: Iterable[Any] = ()):
+    """Restore, at the end, all that running ``models`` can change in them, and the random state; and what ``beside``
+    them runs, such as functions, with the modules and objects that these hold.
 
     Restored are the values of parameters and buffers, and every attribute of every module: which tensor, buffer,
     number or object it holds (what a forward pass added is gone), modes, hooks, and the contents of lists, dicts, sets
     and plain objects among the attributes and of those that hooks write into. Random numbers: torch's, Python's and
     NumPy's. Not restored: what a forward pass changes outside its model, such as a global variable or a file.
     """
-    holders, tensors = _snapshot(models)
+    holders, tensors = _snapshot((*models, *beside))
     try:
         with random_state_kept(*models):
             yield
@@ -81,21 +82,21 @@ def tensor_attributes(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _snapshot(models: tuple[nn.Module, ...]) -> tuple[list, list]:
+def _snapshot(roots: Iterable[Any]) -> tuple[list, list]:
     holders, tensors = [], []
-    for item, containers in _reachable(models):
+    for item, containers in _reachable(roots):
         holders += [(each, _items(each)) for each in containers if not isinstance(each, tuple)]
         if isinstance(item, Tensor) and item.layout is torch.strided and not nn.parameter.is_lazy(item):
             tensors.append((item, item.data, item.detach().clone()))
     return holders, tensors
 
 
-def _reachable(models: tuple[nn.Module, ...]) -> Iterator[tuple[Any, list[Any]]]:
+def _reachable(roots: Iterable[Any]) -> Iterator[tuple[Any, list[Any]]]:
     """Yield every tensor and whatever may hold one, from modules through containers, plain objects and hooks, each
     with the containers that it consists of.
     """
     seen: dict[int, Any] = {}  # holds the objects, whose ids could be given to others otherwise
-    queue: deque[Any] = deque(models)
+    queue: deque[Any] = deque(roots)
     while queue:
         item = queue.popleft()
         if id(item) in seen or not _is_open(item):

@@ -14,7 +14,7 @@ from .channels import Channels
 from .controller import Controller
 from .cost import Budget
 from .gates import Gated, check_ungated, device_of, ungate
-from .group import average, check_alike, check_same_set, group_of
+from .group import agree, average, check_same_set, group_of
 from .maturity import has_zeros, versions
 from .packing import packed, unpacked
 from .preparing import check_options, check_trace, check_trainable, warn_of_room, warn_of_unknown, width_options
@@ -197,6 +197,7 @@ class Tailor(Gated):
                 the network is made smaller, if something that holds it could not go on: no optimiser is known for a
                 parameter that requires a gradient, an optimiser keeps what cannot be cut, or several processes train
                 and it is not called through DistributedDataParallel. Nothing has changed then.
+            ValueError: at the first step, if several processes train and their Tailors are not alike.
         """
         self._count_step()
         if self.shrunk:
@@ -284,7 +285,7 @@ class Tailor(Gated):
         if group is not None and self.group is None:
             said = self._run() | {"maturity": self.controller.maturity, "progress": self.controller.step_count}
             said.pop("place")  # it is the first process that measures latency, whatever device the others name
-            check_alike(said, group, _same)
+            agree(said, group, _same)
         self.group = group
 
     def _shrink(self, given: Iterable[torch.optim.Optimizer] = (), trained: bool = False) -> None:

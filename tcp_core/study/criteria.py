@@ -112,9 +112,8 @@ def taylor(
     gated = Gated(model, limits.channels)
     device = gated.gate.device
     importance = torch.zeros_like(gated.gate, dtype=torch.float64)
-    objective, judge = Objective(loss), nn.Module()
-    judge.held = loss  # and with it the modules and objects that a function holds
-    with left_as_found(model, judge):
+    objective = Objective(loss)
+    with left_as_found(model, beside=[loss]):
         model.train()
         for x, y in batches(device):
             with autocast(device, PRECISIONS[precision]):

@@ -18,6 +18,7 @@ from ..cost import Budget, is_whole
 from ..datasets.images import Images
 from ..files import expanded
 from ..gates import check_ungated
+from ..group import agree
 from ..preparing import check_options
 from ..state import keeping_modes
 from ..tailor import Tailor, option_names
@@ -38,7 +39,7 @@ from .objective import (
     taught,
     teacher_of,
 )
-from .processes import agree, plain_batch_norms, rank_and_world, synchronised, together
+from .processes import plain_batch_norms, rank_and_world, synchronised, together
 from .recipe import Optimise, Schedule, described, optimise, scheduled
 from .run import FitResult, Run, check_resumable, differing
 

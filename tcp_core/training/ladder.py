@@ -19,6 +19,7 @@ from ..cost import Budget, BudgetError
 from ..datasets.images import Images
 from ..files import beside, expanded
 from ..gates import check_ungated
+from ..group import agree, gathered
 from ..latency.place import Latency
 from ..preparing import width_options
 from ..storage import load, save
@@ -29,7 +30,7 @@ from .evaluation import device_of
 from .fit import check_names, check_numbers, fit
 from .frames import printed, say, training_cost
 from .identity import described, of_data
-from .processes import agree, gathered, rank_and_world
+from .processes import rank_and_world
 from .randomness import random_state, set_random_state
 from .run import FitResult
 from .unsaved import buffers_in, put_into

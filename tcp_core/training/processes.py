@@ -97,26 +97,6 @@ def _launched(function: Callable[[], Any], folder: Path) -> None:
         dist.destroy_process_group()
 
 
-def agree(said: Mapping[str, Any]) -> None:
-    """Raise ValueError in every process unless all say the same; the message names what differs and where."""
-    for other, theirs in enumerate(gathered(dict(said))):
-        for name in said:
-            if theirs.get(name) != said[name]:
-                here, there = ("" if name == "shapes" else f" ({value[name]})" for value in (said, theirs))
-                raise ValueError(
-                    f"process {rank_and_world()[0]}{here} and process {other}{there} disagree on {name}: all processes "
-                    f"must be given the same network, budget and recipe."
-                )
-
-
-def gathered(value: Any) -> list:
-    """Return every process's ``value``, in the order of processes."""
-    values = [value] * rank_and_world()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
 def summed(values: Tensor) -> Tensor:
     """Return the sum of every process's ``values``."""
     if rank_and_world()[1] > 1:

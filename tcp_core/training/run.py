@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..channels import Channels
+from ..group import gathered
 from ..report import Report
 from ..state import left_as_found
 from ..tailor import SAID_LATER, Tailor
@@ -26,7 +27,7 @@ from .evaluation import PRECISIONS, autocast, sums, validated
 from .guard import Guard
 from .identity import differences
 from .objective import Objective, in_full_precision, taught
-from .processes import alone, gathered, rank_and_world, share, summed, together
+from .processes import alone, rank_and_world, share, summed, together
 from .randomness import random_numbers_kept, random_state, set_random_state, warn_of_workers
 from .unsaved import buffers_in, hidden, put, put_into
 
@@ -230,10 +231,9 @@ class Run:
 
         Weights, random numbers and whatever else counts in the run are as before.
         """
-        judges = nn.Module()
-        judges.held = list(self.judging.values())  # and with them the modules and objects that functions hold
+        judges = self.judging.values()
         try:
-            with random_numbers_kept(self.device, **self.random_sources()), left_as_found(self.network, judges):
+            with random_numbers_kept(self.device, **self.random_sources()), left_as_found(self.network, beside=judges):
                 sums(self.network, val, 2, self.precision, self.device, self.objective, most=1)
         except Exception as error:
             error.add_note("This was the first batch of val, tried before training.")
